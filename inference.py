@@ -1115,9 +1115,14 @@ class Encoder:
             return value.cpu()
         return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
 
-    def _shrink(self, batch_size: int, error: Exception) -> None:
+    def release(self) -> None:
+        """Give back the memory of a captured graph, and what the allocator holds in reserve."""
         self._graph = None
-        self._backend.empty_cache()
+        if self.model.device.kind != "cpu":
+            self._backend.empty_cache()
+
+    def _shrink(self, batch_size: int, error: Exception) -> None:
+        self.release()
         if batch_size <= 1:
             raise UsageError(
                 f"out of memory on {self.model.device.torch_device} with a single image: use --dtype float16, or free the device"
@@ -1429,7 +1434,7 @@ class _Crops(torch.utils.data.Dataset):
         return Batch(keys[0].index, torch.from_numpy(crops), failures, "")
 
 
-class _Batches:
+class KeyBatches:
     """The sampler: lists of at most `batch_size` keys, never across two parts, so that a resumed run makes the same batches."""
 
     def __init__(self, bulk: Bulk, parts: Sequence[int], batch_size: int) -> None:
@@ -1499,40 +1504,28 @@ class Totals:
 
 def run_bulk(args: argparse.Namespace, device: Device) -> int:
     """Write the features of any number of images to a folder, part by part. Returns the exit code."""
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     images = list_images(args.image_path)
     log_images(images)
-    model = load_from_args(args, device)
+    return embed(args, images, load_from_args(args, device))
+
+
+def embed(args: argparse.Namespace, images: ImageList, model: LoadedModel) -> int:
+    """Write the parts that args.output lacks, or this rank's share of them. Returns the exit code."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     bulk = plan_bulk(args, images, model)
     check_lock(model.weights, args.allow_unlocked)
     check_disk(bulk)
     agree_on_manifest(bulk.folder, make_manifest(args, bulk, model))
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     parts = [part for part in bulk.unfinished() if part % ranks == rank]
-    batch_size = args.batch_size or default_batch_size(device)
+    batch_size = args.batch_size or default_batch_size(model.device)
     encoder = Encoder(model, tuple(bulk.shapes), batch_size, args.execution, getattr(torch, bulk.dtype))
-    batches = _Batches(bulk, parts, batch_size)
-    workers = (
-        default_num_workers(device, batch_size, model.preprocess.image_size) if args.num_workers is None else args.num_workers
-    )
+    batches = KeyBatches(bulk, parts, batch_size)
+    loader = decoding_loader(model, batches, args.num_workers)
     log.info(
         "Rank %d of %d: %d of %d parts to do; batch size %d, %d decoding workers, %s",
-        rank,
-        ranks,
-        len(parts),
-        bulk.part_count,
-        batch_size,
-        workers,
-        args.execution,
-    )
-    loader = torch.utils.data.DataLoader(
-        _Crops(model.preprocess),
-        batch_size=None,  # the sampler gives whole batches
-        sampler=batches,  # type: ignore[arg-type]
-        num_workers=workers,
-        worker_init_fn=_start_worker,
-        pin_memory=can_pin_memory(device),
+        *(rank, ranks, len(parts), bulk.part_count, batch_size, loader.num_workers, args.execution),
     )
     total = sum(len(bulk.places(part)) for part in parts)
     started = time.perf_counter()
@@ -1551,6 +1544,20 @@ def run_bulk(args: argparse.Namespace, device: Device) -> int:
             f"a decoding worker was lost, most likely for lack of memory ({reason}); use a smaller --num_workers; {_how_to_go_on(bulk)}"
         ) from error
     return finish_bulk(bulk, batches.given_up, totals, time.perf_counter() - started)
+
+
+def decoding_loader(model: LoadedModel, batches: KeyBatches, num_workers: int | None) -> torch.utils.data.DataLoader:
+    """Gives a Batch for each list of keys, decoded in `num_workers` processes (None: by the cores there are)."""
+    if num_workers is None:
+        num_workers = default_num_workers(model.device, batches.batch_size, model.preprocess.image_size)
+    return torch.utils.data.DataLoader(
+        _Crops(model.preprocess),
+        batch_size=None,  # the sampler gives whole batches
+        sampler=batches,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        worker_init_fn=_start_worker,
+        pin_memory=can_pin_memory(model.device),
+    )
 
 
 def plan_bulk(args: argparse.Namespace, images: ImageList, model: LoadedModel) -> Bulk:
@@ -1584,7 +1591,7 @@ def _start_worker(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def encode_parts(bulk: Bulk, encoder: Encoder, loader: Iterable[Batch], batches: _Batches, progress: Any) -> Totals:
+def encode_parts(bulk: Bulk, encoder: Encoder, loader: Iterable[Batch], batches: KeyBatches, progress: Any) -> Totals:
     """Run all batches through the encoder and write each part when it is full. Raises UsageError if a part cannot be written."""
     totals = Totals()
     rows: _PartRows | None = None
@@ -1694,7 +1701,8 @@ def check_disk(bulk: Bulk) -> None:
     )
     if needed > free:
         raise UsageError(
-            f"--output {bulk.folder}: {_gigabytes(needed)} needed and {_gigabytes(free)} free; make room, save less, or use --feature_dtype float16"
+            f"--output {bulk.folder}: {_gigabytes(needed)} needed and {_gigabytes(free)} free; "
+            "make room, save less, or use --feature_dtype float16"
         )
 
 
