@@ -2038,6 +2038,9 @@ def load_from_args(args: argparse.Namespace, device: Device) -> LoadedModel:
     model = load_model(device, args.model_path, args.dtype, args.image_size, args.random_weights, args.trust_remote_code)
     log.info("Model loaded on %s, dtype=%s (%s)", device.kind, model.dtype, model.weights.label)
     log.info("Parameters: %s (%.1fM)", f"{model.parameters:,}", model.parameters / 1e6)
+    recommended = recommended_arithmetic(Path(args.results_dir), device.kind)
+    if recommended:
+        log.info("Fastest arithmetic within the accuracy bar on this kind of device: %s", recommended)
     if model.missing_keys:
         log.warning("Missing from the checkpoint: %s", ", ".join(model.missing_keys))
     if model.pooler in ("missing", "untrained"):
@@ -2048,6 +2051,15 @@ def load_from_args(args: argparse.Namespace, device: Device) -> LoadedModel:
         )
         log.warning("Pooler: %s. Its output is a random projection of the class token, not a learned feature", state)
     return model
+
+
+def recommended_arithmetic(results: Path, kind: str) -> str | None:
+    """What `eval_accuracy.py --sweep` found, and where it says so; None where it has not run."""
+    path = results / f"{result_name('accuracy_eval', kind)}.json"
+    with suppress(OSError, ValueError, AttributeError):
+        recommended = json.loads(path.read_text(encoding="utf-8")).get("recommended")
+        return f"{recommended} ({relative_to_root(path)})" if recommended else None
+    return None
 
 
 def run_script(name: str, args: argparse.Namespace, body: Callable[[argparse.Namespace, Device], int]) -> int:

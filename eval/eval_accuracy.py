@@ -35,6 +35,7 @@ from inference import Device, LoadedModel, UsageError, log
 from PIL import Image, ImageOps
 
 OUTPUTS = ("pooler_output", "last_hidden_state", "class_token", "mean_patch_token")
+LABELS = dict(zip(OUTPUTS, ("Pooler", "Hidden", "Class token", "Mean patch token"), strict=True))
 FAITHFUL = 1e-5  # float32 rounds at 6e-8; through 24 layers true float32 stays under 1e-5, HF32 and TF32 do not
 FILTER = 0.1
 NOISE_FLOOR = 2e-6  # relative L2 error that float32 itself leaves behind
@@ -526,62 +527,55 @@ def log_report(result: dict[str, Any], args: argparse.Namespace, device: Device,
         reference.kind.upper(),
         " (random weights)" * args.random_weights,
     )
-    labels = {
-        "pooler_output": "Pooler",
-        "last_hidden_state": "Hidden",
-        "class_token": "Class token",
-        "mean_patch_token": "Mean patch token",
-    }
-    found = {name: result[name] for name in OUTPUTS if name in result}
-    for name, values in found.items():
-        mre = values["relative_error"]["filtered_mean_relative_error"]
-        log.info("%s Filtered MRE: %s", labels[name], _percent(mre))
-        log.info("%s Cosine Similarity: %s", labels[name], _number(values["cosine_similarity"], ".9f"))
-    for name, values in found.items():
-        note = "" if values["counts"] else " (the pooler is not trained: reported, but it does not count)"
-        log.info("%s MRE < %g%%: %s%s", labels[name], args.threshold_percent, _verdict(values["mre_pass"]), note)
-        log.info("%s Cosine > %g: %s%s", labels[name], args.cosine_threshold, _verdict(values["cosine_pass"]), note)
-    log.info("%-18s %12s %12s %12s %12s %6s", "Output", "rel. L2", "worst token", "p99 token", "max abs", "NaN")
-    for name, values in found.items():
-        cells = [values[f"{key}relative_l2_error"] for key in ("", "worst_token_", "p99_token_")]
-        cells.append(values["relative_error"]["max_absolute_error"])
-        log.info("%-18s %12s %12s %12s %12s %6d", labels[name], *(_number(cell, ".2e") for cell in cells), values["nan_count"])
+    log_outputs({name: result[name] for name in OUTPUTS if name in result}, args)
     golden = result["golden"]["last_hidden_state"]
     log.info(
         "Against float64: %s is off by %s, %s by %s (%s times as far)",
         *(reference.kind.upper(), _number(golden["reference_relative_l2_error"], ".2e")),
-        *(
-            device.kind.upper(),
-            _number(golden["device_relative_l2_error"], ".2e"),
-            _number(golden["device_to_reference_ratio"], ".2f"),
-        ),
+        *(device.kind.upper(), _number(golden["device_relative_l2_error"], ".2e")),
+        _number(golden["device_to_reference_ratio"], ".2f"),
     )
     log.info("%-18s %12s", "After", "rel. L2")
     for row in result["stages"]:
         log.info("%-18s %12s", row["stage"], _number(row["relative_l2_error"], ".2e"))
     log.info("The error starts at: %s", result["starts_at"] or "no stage; it stays in float32's own rounding")
-    invariance = result["invariance"]
+    log_checks(result["invariance"], result["neighbours"])
+    if result["sweep"]:
+        log_sweep(result)
+    if result["faithful"] is not None:
+        log.info("Faithful float32 (relative L2 <= %g): %s", FAITHFUL, "yes" if result["faithful"] else "NO")
+    log.info("Overall: %s", result["overall"])
+
+
+def log_outputs(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+    for name, values in found.items():
+        mre = values["relative_error"]["filtered_mean_relative_error"]
+        log.info("%s Filtered MRE: %s", LABELS[name], _percent(mre))
+        log.info("%s Cosine Similarity: %s", LABELS[name], _number(values["cosine_similarity"], ".9f"))
+    for name, values in found.items():
+        note = "" if values["counts"] else " (the pooler is not trained: reported, but it does not count)"
+        log.info("%s MRE < %g%%: %s%s", LABELS[name], args.threshold_percent, _verdict(values["mre_pass"]), note)
+        log.info("%s Cosine > %g: %s%s", LABELS[name], args.cosine_threshold, _verdict(values["cosine_pass"]), note)
+    log.info("%-18s %12s %12s %12s %12s %6s", "Output", "rel. L2", "worst token", "p99 token", "max abs", "NaN")
+    for name, values in found.items():
+        cells = [values[f"{key}relative_l2_error"] for key in ("", "worst_token_", "p99_token_")]
+        cells.append(values["relative_error"]["max_absolute_error"])
+        log.info("%-18s %12s %12s %12s %12s %6d", LABELS[name], *(_number(cell, ".2e") for cell in cells), values["nan_count"])
+
+
+def log_checks(invariance: dict[str, Any], neighbours: dict[str, Any]) -> None:
     log.info(
         "Alone against in a batch of %d: %.1e; the same bits twice: %s",
         *(invariance["batch_size"], invariance["batch_invariance_relative_l2_error"]),
         "yes" if invariance["repeatable_bit_for_bit"] else "no",
     )
     for name in ("class_token", "mean_patch_token"):
-        agreement = result["neighbours"][name]
+        agreement = neighbours[name]
         log.info(
             "Nearest neighbours by %s over %d views: %.1f%% the same, of three %.1f%%",
-            *(
-                labels[name].lower(),
-                result["neighbours"]["views"],
-                agreement["same_nearest_percent"],
-                agreement["same_three_nearest_percent"],
-            ),
+            *(LABELS[name].lower(), neighbours["views"]),
+            *(agreement["same_nearest_percent"], agreement["same_three_nearest_percent"]),
         )
-    if result["sweep"]:
-        log_sweep(result)
-    if result["faithful"] is not None:
-        log.info("Faithful float32 (relative L2 <= %g): %s", FAITHFUL, "yes" if result["faithful"] else "NO")
-    log.info("Overall: %s", result["overall"])
 
 
 def log_sweep(result: dict[str, Any]) -> None:
