@@ -36,6 +36,7 @@ from PIL import Image, ImageOps
 
 OUTPUTS = ("pooler_output", "last_hidden_state", "class_token", "mean_patch_token")
 LABELS = dict(zip(OUTPUTS, ("Pooler", "Hidden", "Class token", "Mean patch token"), strict=True))
+BARS = {"mre_pass": "filtered MRE", "cosine_pass": "cosine", "l2_pass": "relative L2", "worst_token_pass": "worst token"}
 FAITHFUL = 1e-5  # float32 rounds at 6e-8; through 24 layers true float32 stays under 1e-5, HF32 and TF32 do not
 FILTER = 0.1
 NOISE_FLOOR = 2e-6  # relative L2 error that float32 itself leaves behind
@@ -161,7 +162,13 @@ def metrics(errors: Errors, threshold_percent: float, cosine_threshold: float) -
 
 
 def passes(result: dict[str, Any]) -> bool:
-    return all(result[key] for key in ("mre_pass", "cosine_pass", "l2_pass", "worst_token_pass"))
+    return all(result[key] for key in BARS)
+
+
+def missed_bars(judged: dict[str, Any]) -> list[str]:
+    """The bars that are missed, as "output: bar"."""
+    names = [name for name in OUTPUTS if name in judged and judged[name]["counts"]]
+    return [f"{LABELS[name]}: {bar}" for name in names for key, bar in BARS.items() if not judged[name][key]]
 
 
 def first_jump(stages: Sequence[tuple[str, float]]) -> str | None:
@@ -373,6 +380,7 @@ def judge(comparison: Comparison, args: argparse.Namespace, pooler: str) -> dict
     clean = not any(values["nan_count"] or values["inf_count"] for values in result.values())
     return result | {
         "overall": "PASS" if clean and all(passes(values) for values in counted) else "FAIL",
+        "misses": missed_bars(result),
         "faithful": clean and faithful,
     }
 
@@ -406,6 +414,7 @@ def sweep(
                 "worst_token_relative_l2_error": hidden["worst_token_relative_l2_error"],
                 "class_token_relative_l2_error": judged["class_token"]["relative_l2_error"],
                 "overall": judged["overall"],
+                "misses": judged["misses"],
                 "faithful": judged["faithful"],
                 "stages": describe_stages(comparison),
                 "throughput_img_s": throughput(model, arithmetic, batches[0][1]),
@@ -544,6 +553,8 @@ def log_report(result: dict[str, Any], args: argparse.Namespace, device: Device,
         log_sweep(result)
     if result["faithful"] is not None:
         log.info("Faithful float32 (relative L2 <= %g): %s", FAITHFUL, "yes" if result["faithful"] else "NO")
+    if result["misses"]:
+        log.info("Over their bars: %s", ", ".join(result["misses"]))
     log.info("Overall: %s", result["overall"])
 
 
@@ -579,12 +590,11 @@ def log_checks(invariance: dict[str, Any], neighbours: dict[str, Any]) -> None:
 
 
 def log_sweep(result: dict[str, Any]) -> None:
-    log.info("%-24s %12s %12s %10s %8s", "Arithmetic", "rel. L2", "worst token", "img/s", "verdict")
+    log.info("%-24s %12s %12s %10s %8s  %s", "Arithmetic", "rel. L2", "worst token", "img/s", "verdict", "misses")
     for row in result["sweep"]:
         cells = (_number(row.get("relative_l2_error"), ".2e"), _number(row.get("worst_token_relative_l2_error"), ".2e"))
-        log.info(
-            "%-24s %12s %12s %10s %8s", row["arithmetic"], *cells, _number(row.get("throughput_img_s"), ".2f"), row["overall"]
-        )
+        cells += (_number(row.get("throughput_img_s"), ".2f"), row["overall"], ", ".join(row.get("misses", [])))
+        log.info("%-24s %12s %12s %10s %8s  %s", row["arithmetic"], *cells)
     log.info("Fastest within the bar: %s", result["recommended"] or "none")
 
 

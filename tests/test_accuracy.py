@@ -276,6 +276,8 @@ def test_bfloat16_over_the_bar_fails(npu, evaluate):
     error = done.result["last_hidden_state"]["relative_l2_error_percent"]
     assert error > 0.2
     assert (done.code, done.result["overall"], done.result["faithful"]) == (1, "FAIL", None)
+    assert {"Hidden: relative L2", "Hidden: worst token"} <= set(done.result["misses"])
+    assert "Hidden: relative L2" in done.log.split("Over their bars: ")[1]
 
 
 def test_an_untrained_pooler_is_marked_and_decides_nothing(npu, run, tmp_path, damage):
@@ -289,7 +291,7 @@ def test_an_untrained_pooler_is_marked_and_decides_nothing(npu, run, tmp_path, d
     done = run(*flags, main=eval_accuracy.main, name="accuracy_eval")
     assert done.result["pooler_output"]["cosine_pass"] is False
     assert done.result["pooler_output"]["counts"] is False
-    assert (done.code, done.result["overall"]) == (0, "PASS")
+    assert (done.code, done.result["overall"], done.result["misses"]) == (0, "PASS", [])
     assert "Pooler Cosine > 0.9999: FAIL (the pooler is not trained: reported, but it does not count)" in done.log
 
 
