@@ -263,10 +263,16 @@ def synchronize(device: Device) -> None:
 def peak_memory_mb(device: Device) -> float:
     """Peak memory in MiB: allocated on an accelerator since it was last reset, resident for this process on the CPU."""
     if device.kind == "cpu":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return _peak_resident_bytes() / 2**20
     return torch.get_device_module(device.torch_device).max_memory_allocated(device.torch_device) / 2**20
+
+
+def _peak_resident_bytes() -> int:
+    import resource
+
+    with suppress(OSError, AttributeError):  # getrusage would give the peak of the process that started this one, if larger
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

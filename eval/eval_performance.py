@@ -22,7 +22,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -348,7 +347,8 @@ model = inference.load_model(device, sys.argv[1], sys.argv[4])
 loaded = time.time()
 crop = inference.read_crop(inference.list_images([sys.argv[3]])[0], model.preprocess)
 inference.Encoder(model, ["class_token"], 1).submit(inference.torch.from_numpy(crop)[None])()
-print(imported, loaded, time.time(), flush=True)
+done = time.time()
+print(imported, loaded, done, inference.peak_memory_mb(inference.open_device("cpu")), flush=True)
 inference.os._exit(0)  # nobody who has the features waits for the hash of the weights
 """,
     "bare": """
@@ -368,7 +368,9 @@ loaded = time.time()
 with torch.inference_mode():
     size = model.config.image_size
     model(torch.zeros(1, 3, size, size, dtype=dtype, device=sys.argv[2])).last_hidden_state.cpu()
-print(imported, loaded, time.time(), flush=True)
+done = time.time()
+import inference
+print(imported, loaded, done, inference.peak_memory_mb(inference.open_device("cpu")))
 """,
 }
 
@@ -399,20 +401,12 @@ def measure_cold_start(model: LoadedModel, folder: Path, rounds: int) -> dict[st
 def _run_cold(script: str, arguments: Sequence[str]) -> list[float]:
     """Seconds until imported, until loaded, until done, and peak resident memory in MiB."""
     started = time.time()
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
-        cwd=inference.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        output, errors = process.stdout.read(), process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise UsageError(f"--end_to_end: the cold start failed ({(errors.strip().splitlines() or ['no message'])[-1]})")
-    return [float(moment) - started for moment in output.split()] + [usage.ru_maxrss / 1024]
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, cwd=inference.ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UsageError(f"--end_to_end: the cold start failed ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
+    *moments, memory = map(float, done.stdout.split())
+    return [moment - started for moment in moments] + [memory]
 
 
 def make_photos(folder: Path, count: int, megapixels: tuple[float, float]) -> float:
