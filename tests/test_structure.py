@@ -119,7 +119,7 @@ def test_nothing_else_stands_at_the_top_level():
 def test_every_flag_that_the_readme_names_exists(name):
     known = set().union(*(flags_of(script) for script in SCRIPTS))
     foreign = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--max_restarts", "--index"}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_]*", readme(name)))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_]*", readme(name)))
     assert named - known - foreign - {"--image"} == set()
 
 
