@@ -29,6 +29,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+ENVIRONMENT = dict(os.environ)  # the user's own: what is imported below adds to it
+
 try:
     import inference  # first of all: it sets what must precede torch
 except ImportError as error:
@@ -285,7 +287,7 @@ def sections(info: dict[str, Any], notes: Sequence[str]) -> str:
         "torch_npu": versions["torch_npu"],
         "transformers": versions["transformers"],
         "Git Info": _git_lines(info),
-        "Ascend environment variables": "\n".join(shown_variables(os.environ)) or "none",
+        "Ascend environment variables": "\n".join(shown_variables(ENVIRONMENT)) or "none",
         "What goes together": "\n".join([*verdict(info), *notes]),
     }
     heading = ["# Environment Check Log", f"# Repository: {REPOSITORY}", f"# Model: {inference.MODEL_NAME}"]

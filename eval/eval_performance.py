@@ -151,21 +151,38 @@ def measure_row(encoder: Encoder, crops: torch.Tensor, batch_size: int, args: ar
 # --- the limit ---
 
 
-def measure_limit(model: LoadedModel, batch_size: int, runs: int = 5) -> dict[str, Any]:
-    """Rate of the model's own matrix products, each shape and dtype as it occurs, with nothing in between; and of a copy.
+def measure_limit(
+    encoder: Encoder, crops: torch.Tensor, batch_sizes: Sequence[int], rounds: int, largest: int
+) -> dict[str, Any]:
+    """Rate of the model's own matrix products alone, at batch size `largest`, and each batch size's share of it; and of a copy.
 
-    limit_img_s is what a forward pass would reach if it consisted of these products alone.
+    limit_img_s is what a forward pass would reach if it consisted of these products alone. Products and forward pass take
+    turns, so that a share stays right where the machine's speed drifts.
     """
-    seconds = 0.0
-    for count, product in matrix_products(model, batch_size):
-        warm_up(model.device, product, 1)
-        seconds += count * statistics.median(time_once(model.device, product) for _ in range(runs))
-    flop = batch_size * flop_per_image(model.module.config, model.preprocess.image_size)
+    model = encoder.model
+    products = list(matrix_products(model, largest))
+
+    def run_products(_crops: torch.Tensor) -> None:
+        for count, product in products:
+            for _ in range(count):
+                product()
+
+    turns = [{"batch_size": size} | take_turns(encoder, crops, run_products, crops, size, rounds) for size in batch_sizes]
+    rate = largest / statistics.median(seconds for row in turns for seconds in row["peer_times_s"])
     return {
-        "batch_size": batch_size,
-        "matmul_tflops": flop / seconds / 1e12,
-        "limit_img_s": batch_size / seconds,
-        "copy_gb_s": copy_bandwidth(model.device, runs),
+        "batch_size": largest,
+        "matmul_tflops": rate * flop_per_image(model.module.config, model.preprocess.image_size) / 1e12,
+        "limit_img_s": rate,
+        "copy_gb_s": copy_bandwidth(model.device, rounds),
+        "turns": [
+            {
+                "batch_size": row["batch_size"],
+                "share_of_limit_percent": 100 * row["speed_ratio"] * row["batch_size"] / largest,
+                "bundle_times_s": row["bundle_times_s"],
+                "products_times_s": row["peer_times_s"],
+            }
+            for row in turns
+        ],
     }
 
 
@@ -326,6 +343,7 @@ def take_turns(
     return {
         "median_time_s": median,
         "throughput_img_s": batch_size / median,
+        "bundle_throughput_img_s": batch_size / statistics.median(times[0]),
         "speed_ratio": statistics.median(theirs / ours for ours, theirs in zip(*times, strict=True)),
         "rounds": rounds,
         "bundle_times_s": times[0],
@@ -672,7 +690,14 @@ def measure(encoder: Encoder, crops: torch.Tensor, args: argparse.Namespace, res
     if not fitting:
         raise UsageError(f"out of memory at every batch size of {args.batch_sizes}; try a smaller one, or --dtype float16")
     log.info("Measuring the limit ...")
-    result["limit"] = measure_limit(encoder.model, max(fitting))
+    largest = max(fitting)
+    while result["limit"] is None:
+        try:
+            result["limit"] = measure_limit(encoder, crops, fitting, args.rounds, largest)
+        except torch.OutOfMemoryError:  # of the products beside the forward pass
+            if largest == 1:
+                raise
+            largest //= 2
     add_shares(result)
     log_summary(result)
     result["peers"] = []
@@ -693,10 +718,11 @@ def sample_crops(preprocess: inference.Preprocess) -> torch.Tensor:
 
 def add_shares(result: dict[str, Any]) -> None:
     """Add to each row the rate of arithmetic that it reached, and the share of the limit."""
+    shares = {turn["batch_size"]: turn["share_of_limit_percent"] for turn in result["limit"]["turns"]}
     for row in result["results"]:
         if "throughput_img_s" in row:
             row["tflops"] = row["throughput_img_s"] * result["gflop_per_image"] / 1e3
-            row["share_of_limit_percent"] = 100 * row["throughput_img_s"] / result["limit"]["limit_img_s"]
+            row["share_of_limit_percent"] = shares[row["batch_size"]]
 
 
 def log_row(row: dict[str, Any], kind: str) -> None:
@@ -739,8 +765,9 @@ def log_peer(row: dict[str, Any]) -> None:
         log.info("Against %s: not measured (%s)", row["peer"], row["unavailable"])
         return
     log.info(
-        "Against %s, batch size %d: %.2f img/s; this bundle is %.3f times as fast (median of %d turns)",
-        *(row["peer"], row["batch_size"], row["throughput_img_s"], row["speed_ratio"], row["rounds"]),
+        "Against %s, batch size %d: %.2f img/s, this bundle %.2f, %.3f times as fast (median of %d turns)",
+        *(row["peer"], row["batch_size"], row["throughput_img_s"], row["bundle_throughput_img_s"]),
+        *(row["speed_ratio"], row["rounds"]),
     )
 
 
@@ -792,7 +819,7 @@ def make_parser() -> inference.ArgumentParser:
         "--warmup", type=number, default=3, metavar="N", help="runs before timing, more until they settle (default: 3)"
     )
     group.add_argument("--num_runs", type=number, default=10, metavar="N", help="timed runs of each batch size (default: 10)")
-    group.add_argument("--rounds", type=number, default=3, metavar="N", help="turns that peers take (default: 3)")
+    group.add_argument("--rounds", type=number, default=5, metavar="N", help="turns that limit and peers take (default: 5)")
     group.add_argument(
         "--execution",
         choices=("eager", "graph"),

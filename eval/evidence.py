@@ -505,15 +505,16 @@ def peer_rows(data: dict[str, Any]) -> list[list[str]]:
     rows = []
     for row in data.get("peers") or []:
         if "unavailable" in row:
-            rows.append([plain(row["peer"]), f"not measured: {plain(row['unavailable'])}", *[NOTHING] * 3])
+            rows.append([plain(row["peer"]), f"not measured: {plain(row['unavailable'])}", *[NOTHING] * 4])
             continue
-        figures = [number(row["throughput_img_s"], ".2f"), f"{number(row['speed_ratio'], '.3f')} times as fast"]
+        figures = [number(row[key], ".2f") for key in ("throughput_img_s", "bundle_throughput_img_s")]
+        figures.append(f"{number(row['speed_ratio'], '.3f')} times as fast")
         rows.append([plain(row["peer"]), number(row["batch_size"]), *figures, number(row["rounds"])])
     return rows
 
 
 def peers_table(evidence: Evidence) -> list[str]:
-    columns = ["Instead", "Batch", "Its images/s", "This bundle is", "Turns"]
+    columns = ["Instead", "Batch", "Its images/s", "This bundle's", "This bundle is", "Turns"]
     sources = source_lines(evidence.measured("performance_eval"))
     return [*sources, *device_table(evidence, "performance_eval", columns, peer_rows)]
 
@@ -975,13 +976,17 @@ def draw_throughput(axes: Axes, source: Source, published: dict[str, Any] | None
     """Images a second by batch size, beside the limit, the peers and, on an NPU, the published run."""
     data = source.data
     rows = [row for row in data["results"] if "throughput_img_s" in row]
-    axes.plot(*columns_of(rows, "throughput_img_s"), "o-", color="C0", label="this bundle", zorder=3)
+    sizes, rates = columns_of(rows, "throughput_img_s")
+    axes.plot(sizes, rates, "o-", color="C0", label="this bundle", zorder=3)
+    own = dict(zip(sizes, rates, strict=True))
     for peer, marker, colour in peer_styles(data):
-        peers = [row for row in data["peers"] if row["peer"] == peer and "throughput_img_s" in row]
-        axes.plot(*columns_of(peers, "throughput_img_s"), f"{marker}--", color=colour, label=peer, alpha=0.8)
+        sizes, ratios = columns_of(peer_rows_of(data, peer), "speed_ratio")
+        values = [own[size] / ratio for size, ratio in zip(sizes, ratios, strict=True)]
+        axes.plot(sizes, values, f"{marker}--", color=colour, label=peer, alpha=0.8)
     if data.get("limit"):
-        limit = checked(data["limit"]["limit_img_s"])
-        axes.axhline(limit, color="dimgrey", linestyle=":", label=f"limit: matrix products\nalone, {limit:.5g} images/s")
+        sizes, shares = columns_of(rows, "share_of_limit_percent", 0.01)
+        values = [own[size] / share for size, share in zip(sizes, shares, strict=True)]
+        axes.plot(sizes, values, ".:", color="dimgrey", label="limit: matrix\nproducts alone")
     if published:
         label = f"published Ascend run,\nnot this code ({published['dtype']})"
         axes.plot(
@@ -1003,9 +1008,11 @@ def draw_latency(axes: Axes, source: Source, published: dict[str, Any] | None) -
     sizes, medians = columns_of(rows, "p50_s", 1e3)
     slowest = [max(0.0, high - middle) for high, middle in zip(columns_of(rows, "p95_s", 1e3)[1], medians, strict=True)]
     axes.errorbar(sizes, medians, [[0.0] * len(rows), slowest], fmt="o-", color="C0", capsize=6, zorder=3)
+    own = dict(zip(sizes, medians, strict=True))
     for peer, marker, colour in peer_styles(data):
-        peers = [row for row in data["peers"] if row["peer"] == peer and "median_time_s" in row]
-        axes.plot(*columns_of(peers, "median_time_s", 1e3), f"{marker}--", color=colour, alpha=0.8)
+        sizes, ratios = columns_of(peer_rows_of(data, peer), "speed_ratio")
+        values = [own[size] * ratio for size, ratio in zip(sizes, ratios, strict=True)]
+        axes.plot(sizes, values, f"{marker}--", color=colour, alpha=0.8)
     if published:
         axes.plot(*columns_of(published["results"], "p50_s", 1e3), "x", color="crimson", markersize=11, markeredgewidth=3)
     axes.set_ylim(bottom=0)
@@ -1016,6 +1023,11 @@ def peer_styles(data: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Name, marker and colour of each peer that was measured."""
     names = dict.fromkeys(row["peer"] for row in data.get("peers") or [] if "unavailable" not in row)
     return [(name, "s^vDP"[place % 5], f"C{place + 1}") for place, name in enumerate(names)]
+
+
+def peer_rows_of(data: dict[str, Any], peer: str) -> list[dict[str, Any]]:
+    """The rows of a peer that ran."""
+    return [row for row in data["peers"] if row["peer"] == peer and "speed_ratio" in row]
 
 
 def columns_of(rows: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
@@ -1041,7 +1053,7 @@ def draw_speed(source: Source, published: dict[str, Any] | None) -> Image.Image:
 
 def draw_performance(evidence: Evidence) -> Image.Image:
     """Throughput and latency by batch size, on each device."""
-    charts, notes = [], []
+    charts, notes = [], ["Limit and peers: this bundle's figure and their ratio to it, measured in turns."]
     for source in evidence.measured("performance_eval"):
         published = evidence.published.get("performance_eval") if source.kind == "npu" else None
         with blaming(source), chart_style():
@@ -1050,8 +1062,7 @@ def draw_performance(evidence: Evidence) -> Image.Image:
             notes += [f"{source.label}: out of memory at batch size {', '.join(failed)}"] if failed else []
     if not charts:
         return draw_nothing(evidence, "performance_eval", "Throughput and latency by batch size")
-    lines = [*notes, *missing_lines(evidence, "performance_eval")]
-    return stack([*charts, draw_text(lines, FOOTER_SIZE)] if lines else charts)
+    return stack([*charts, draw_text([*notes, *missing_lines(evidence, "performance_eval")], FOOTER_SIZE)])
 
 
 def draw_environment(evidence: Evidence) -> Image.Image:

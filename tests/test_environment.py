@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import re
 import shutil
@@ -153,7 +154,8 @@ def test_nothing_has_to_be_there(tmp_path, no_torch_npu):
     """No program on the PATH, so no git and no npu-smi."""
     log = tmp_path / "log"
     done = run_script(
-        "eval/env_check.py", "--results_dir", tmp_path, "--output_log", log, PATH="", ASCEND_TOOLKIT_HOME="/none/cann"
+        *("eval/env_check.py", "--results_dir", tmp_path, "--output_log", log),
+        **{"PATH": "", "ASCEND_TOOLKIT_HOME": "/none/cann", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"},
     )
     assert (done.returncode, done.stderr) == (0, "")
     info = json.loads((tmp_path / "env_info.json").read_text())
@@ -161,6 +163,7 @@ def test_nothing_has_to_be_there(tmp_path, no_torch_npu):
     assert info["cann_version"] == "/none/cann"
     assert section(log.read_text(), "NPU Info") == "npu-smi: not found"
     assert section(log.read_text(), "Git Info") == "no git, or no git repository"
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=1" in section(log.read_text(), "Ascend environment variables").splitlines()
 
 
 def test_a_blocked_run_keeps_the_record_of_a_machine_with_an_npu(check, no_torch_npu, tmp_path):
@@ -293,6 +296,7 @@ def test_neither_log_nor_json_tells_whose_machine_it_is(check, no_torch_npu, pro
     monkeypatch.setenv("ASCEND_TOOLKIT_HOME", "/my/house/cann-8.5.1")
     monkeypatch.setenv("HCCL_TOKEN", "very-private")
     monkeypatch.setenv("ASCEND_NOTE", "not utf-8: \udcff")
+    monkeypatch.setattr(env_check, "ENVIRONMENT", os.environ)
     monkeypatch.setattr("platform.node", lambda: "pod-8e032c81")
     program("npu-smi", "echo /my/house/process")
     done = check()

@@ -116,6 +116,7 @@ def performance_result(**changes: Any) -> dict[str, Any]:
         "batch_size": 1,
         "median_time_s": 0.5,
         "throughput_img_s": 2.0,
+        "bundle_throughput_img_s": 2.125,
         "speed_ratio": 1.0625,
         "rounds": 3,
     }
@@ -230,7 +231,7 @@ def test_the_figures_are_those_of_the_files(bundle):
     assert speed[1] == ["4", "941.18", "1035.29", "4.25", "-", "900", "-", "62.5", "yes"]
     assert speed[2][:3] == ["6.80", "0.83", "22.30"]
     peers = rows_of(bundle, "peers", "CPU")
-    assert peers[0] == ["transformers", "1", "2.00", "1.062 times as fast", "3"]
+    assert peers[0] == ["transformers", "1", "2.00", "2.12", "1.062 times as fast", "3"]
     assert peers[1][:2] == ["openvino", "not measured: ModuleNotFoundError: No module named 'openvino'"]
     assert rows_of(bundle, "end_to_end", "CPU")[1] == [
         "this bundle",
@@ -241,6 +242,21 @@ def test_the_figures_are_those_of_the_files(bundle):
     ]
     assert rows_of(bundle, "scale", "CPU")[1] == ["folder of photos to features", "10.00", "27.8", "3,472", "434"]
     assert "| NPU | none found |" in lines_of(bundle, "environment")
+
+
+def test_limit_and_peers_are_drawn_by_their_ratio_to_this_bundle(bundle):
+    """Their own rates were measured at another time, when a shared machine may have been faster or slower."""
+    save_all(bundle)
+    figure = evidence.Figure()
+    source = evidence.read_evidence(bundle).results["performance_eval"]["cpu"]
+    rates, times = figure.subplots(1, 2)
+    evidence.draw_throughput(rates, source, None)
+    evidence.draw_latency(times, source, None)
+    drawn = {line.get_label(): list(line.get_ydata()) for line in rates.lines}
+    assert drawn["this bundle"] == [2.125, 4.25]
+    assert drawn["transformers"] == pytest.approx([2.125 / 1.0625])
+    assert drawn["limit: matrix\nproducts alone"] == pytest.approx([2.125 / 0.625, 4.25 / 0.625])
+    assert list(times.lines[-1].get_ydata()) == pytest.approx([1e3 / 2.125 * 1.0625])
 
 
 def test_each_table_names_file_device_dtype_weights_date_and_commit(bundle):

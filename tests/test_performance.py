@@ -127,7 +127,31 @@ def test_peers_take_turns_and_the_median_ratio_counts(monkeypatch, tiny):
     assert order == ["bundle", "peer", "peer", "bundle", "bundle", "peer"]
     assert (row["bundle_times_s"], row["peer_times_s"]) == ([1.0, 2.0, 1.0], [2.0, 9.0, 1.5])
     assert row["speed_ratio"] == pytest.approx(2.0)  # of 2, 4.5 and 1.5
-    assert (row["median_time_s"], row["throughput_img_s"]) == (2.0, 1.0)
+    assert (row["median_time_s"], row["throughput_img_s"], row["bundle_throughput_img_s"]) == (2.0, 1.0, 2.0)
+
+
+def test_the_limit_is_that_of_the_largest_batch_and_shares_come_from_turns(monkeypatch, tiny):
+    seconds = {"bundle 1": 1.0, "bundle 4": 2.0, "products": 1.5}
+    counted = []
+    monkeypatch.setattr(eval_performance, "warm_up", lambda *arguments: 0)
+
+    def time_once(device, run):
+        with FlopCounterMode(display=False) as counter:
+            what = run() or "products"
+        counted.append(counter.get_total_flops())
+        return seconds[what]
+
+    monkeypatch.setattr(eval_performance, "time_once", time_once)
+    encoder = inference.Encoder(tiny, ["class_token"], 1)
+    monkeypatch.setattr(encoder, "run", lambda batch: f"bundle {len(batch)}")
+    size = TINY["image_size"]
+    monkeypatch.setattr(eval_performance, "copy_bandwidth", lambda device, runs: 20.0)
+    limit = eval_performance.measure_limit(encoder, torch.zeros(4, size, size, 3, dtype=torch.uint8), [1, 4], 2, 4)
+    assert [turn["share_of_limit_percent"] for turn in limit["turns"]] == pytest.approx([37.5, 75.0])
+    assert limit["limit_img_s"] == pytest.approx(4 / 1.5)
+    flop = flop_per_image(tiny.module.config, size)
+    assert limit["matmul_tflops"] == pytest.approx(flop * 4 / 1.5 / 1e12)
+    assert max(counted) == 4 * (flop - 2 * TINY["hidden_size"] ** 2)
 
 
 # --- the evaluation ---
@@ -143,8 +167,11 @@ def test_a_run_on_the_cpu_has_the_published_keys_and_the_rest(measure):
         assert not row.keys() & {"npu_memory_mb", "gpu_memory_mb"}
         assert row["throughput_img_s"] == pytest.approx(row["batch_size"] / np.mean(row["raw_times_s"]))
         assert row["tflops"] == pytest.approx(row["throughput_img_s"] * result["gflop_per_image"] / 1e3)
-        assert row["share_of_limit_percent"] == pytest.approx(100 * row["throughput_img_s"] / result["limit"]["limit_img_s"])
         assert row["pipelined_throughput_img_s"] is None
+    shares = [row["share_of_limit_percent"] for row in result["results"]]
+    for turn, share in zip(result["limit"]["turns"], shares, strict=True):
+        (bundle,), (products,) = turn["bundle_times_s"], turn["products_times_s"]
+        assert share == pytest.approx(100 * (turn["batch_size"] / bundle) / (3 / products))
     assert (result["device"], result["dtype"], result["warmup"], result["num_runs"]) == ("cpu", "float32", 3, 3)
     assert (result["partial"], result["comparison"], result["end_to_end"]) == (False, None, None)
     assert {row["peer"] for row in result["peers"]} == {"transformers", "onnxruntime", "openvino"}
@@ -178,6 +205,21 @@ def test_a_batch_that_does_not_fit_is_a_row_and_the_rest_goes_on(npu, measure):
     assert one["throughput_img_s"] > 0
     assert two["throughput_img_s"] > 0
     assert [row["batch_size"] for row in done.result["peers"]] == [1, 2]
+
+
+def test_the_limit_is_measured_at_half_the_batch_where_its_products_do_not_fit(monkeypatch, measure):
+    def scarce(model, batch_size):
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(model, batch_size)
+
+    real = eval_performance.matrix_products
+    monkeypatch.setattr(eval_performance, "matrix_products", scarce)
+    limit = measure("--batch_sizes", 1, 8).result["limit"]
+    assert limit["batch_size"] == 2
+    for turn in limit["turns"]:
+        (bundle,), (products,) = turn["bundle_times_s"], turn["products_times_s"]
+        assert turn["share_of_limit_percent"] == pytest.approx(100 * (turn["batch_size"] / bundle) / (2 / products))
 
 
 def test_an_interrupted_run_keeps_its_rows_and_an_older_result(monkeypatch, measure):
