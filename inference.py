@@ -1802,6 +1802,18 @@ class _TerminalFormatter(logging.Formatter):
         return record.getMessage() if record.levelno >= logging.ERROR else super().format(record)
 
 
+class _LogFile(logging.FileHandler):
+    """Where the disk is full, the run goes on without its log and says so once."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.setLevel(logging.CRITICAL + 1)
+        log.error("%s: the log cannot be written any more (%s)", self.baseFilename, sys.exc_info()[1])
+
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be written is still in its buffer
+            super().close()
+
+
 def start_log(path: Path) -> None:
     """Log to the terminal and append to `path`, as `2026-05-15 04:33:04,368 [INFO] text`. Raises UsageError if that cannot be."""
     layout = "%(asctime)s [%(levelname)s] %(message)s"
@@ -1816,7 +1828,7 @@ def start_log(path: Path) -> None:
     log.propagate = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UsageError(
             f"{path}: the log cannot be written ({error.strerror}); name another file with --output_log"

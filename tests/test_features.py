@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import inference
 import numpy as np
@@ -97,6 +98,17 @@ def test_the_log_reads_like_the_published_one(run, tiny_folder):
         f"Last hidden state shape: (1, 17, {TINY['hidden_size']})",
     ):
         assert expected in texts
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_the_log_is_one_line_and_the_run_goes_on(capsys):
+    inference.start_log(Path("/dev/full"))
+    inference.log.info("first")
+    inference.log.info("second")
+    inference.stop_log()
+    lines = [re.sub(r"^[\d-]{10} [\d:,]{12} ", "", line) for line in capsys.readouterr().err.splitlines()]
+    told = "/dev/full: the log cannot be written any more ([Errno 28] No space left on device)"
+    assert lines == ["[INFO] first", told, "[INFO] second"]
 
 
 def test_flags_are_taken_with_hyphens_too(run, tiny_folder):
