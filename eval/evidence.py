@@ -62,7 +62,7 @@ FAITHFUL = 1e-5  # eval_accuracy.py's bar for float32
 MEMORY_KEYS = ("npu_memory_mb", "gpu_memory_mb", "peak_resident_memory_mb")
 NOTHING = "-"
 
-DRAWING = 1  # raise it when a picture is drawn in another way: then all are drawn anew
+DRAWING = 2  # raise it when a picture is drawn in another way: then all are drawn anew
 DIGEST_KEY = "Source-SHA256"
 WIDTH = 1500
 FOOTER_SIZE = 21
@@ -230,8 +230,8 @@ def checked(value: Any) -> float:
     return value
 
 
-def link(path: str) -> str:
-    return f"[{path}]({path})"
+def link(path: str, short: bool = False) -> str:
+    return f"[{Path(path).name if short else path}]({path})"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -283,7 +283,7 @@ def missing_cells(evidence: Evidence, name: str, kind: str, width: int) -> list[
     """The row of a device that has no result."""
     why = plain(evidence.missing(name)[kind])
     if why.startswith("BLOCKED"):
-        why += f" ({link(evidence.blocked[name][1])})"
+        why += f" ({link(evidence.blocked[name][1], short=True)})"
     return [KINDS[kind], why, *[NOTHING] * (width - 2)]
 
 
@@ -425,7 +425,8 @@ def sweep_rows(data: dict[str, Any]) -> list[list[str]]:
         keys = ("relative_l2_error", "worst_token_relative_l2_error", "class_token_relative_l2_error")
         errors = [number(row[key], ".2e", "not finite") for key in keys]
         speed = f"{number(row['throughput_img_s'], '.2f')} (batch {number(row['batch_size'])})"
-        verdict += f" ({plain(', '.join(row['misses']))})" if row.get("misses") else ""
+        bars = dict.fromkeys(miss.split(": ")[-1] for miss in row.get("misses") or [])  # of whichever outputs
+        verdict += f" ({plain(', '.join(bars))})" if bars else ""
         best = "**fastest within the bar**" if row["arithmetic"] == data.get("recommended") else "no"
         rows.append([name, *errors, speed, verdict, best])
     return rows
@@ -480,17 +481,7 @@ def _known(value: Any) -> str:
 
 
 def performance_table(evidence: Evidence) -> list[str]:
-    columns = [
-        "Batch",
-        "Median (ms)",
-        "95% (ms)",
-        "Images/s",
-        "Pipelined",
-        "Memory (MiB)",
-        "TFLOP/s",
-        "Of the limit (%)",
-        "Steady",
-    ]
+    columns = ["Batch", "Median (ms)", "95% (ms)", "Images/s", "Pipelined", "Memory (MiB)", "TFLOP/s", "Of limit (%)", "Steady"]
     limits = ["Limit (images/s)", "Matrix products (TFLOP/s)", "Copy (GB/s)", "GFLOP an image", "Execution", "Timed runs"]
     sources = evidence.measured("performance_eval")
     return [
@@ -508,13 +499,13 @@ def peer_rows(data: dict[str, Any]) -> list[list[str]]:
             rows.append([plain(row["peer"]), f"not measured: {plain(row['unavailable'])}", *[NOTHING] * 4])
             continue
         figures = [number(row[key], ".2f") for key in ("throughput_img_s", "bundle_throughput_img_s")]
-        figures.append(f"{number(row['speed_ratio'], '.3f')} times as fast")
+        figures.append(number(row["speed_ratio"], ".3f"))
         rows.append([plain(row["peer"]), number(row["batch_size"]), *figures, number(row["rounds"])])
     return rows
 
 
 def peers_table(evidence: Evidence) -> list[str]:
-    columns = ["Instead", "Batch", "Its images/s", "This bundle's", "This bundle is", "Turns"]
+    columns = ["Instead", "Batch", "Its images/s", "This bundle's", "This bundle is ... times as fast", "Turns"]
     sources = source_lines(evidence.measured("performance_eval"))
     return [*sources, *device_table(evidence, "performance_eval", columns, peer_rows)]
 
@@ -997,7 +988,7 @@ def draw_throughput(axes: Axes, source: Source, published: dict[str, Any] | None
             markeredgewidth=3,
             label=label,
         )
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.set_ylabel("images a second")
 
 
@@ -1015,7 +1006,7 @@ def draw_latency(axes: Axes, source: Source, published: dict[str, Any] | None) -
         axes.plot(sizes, values, f"{marker}--", color=colour, alpha=0.8)
     if published:
         axes.plot(*columns_of(published["results"], "p50_s", 1e3), "x", color="crimson", markersize=11, markeredgewidth=3)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.set_ylabel("ms a batch (median; bar: to 95%)")
 
 

@@ -231,7 +231,7 @@ def test_the_figures_are_those_of_the_files(bundle):
     assert speed[1] == ["4", "941.18", "1035.29", "4.25", "-", "900", "-", "62.5", "yes"]
     assert speed[2][:3] == ["6.80", "0.83", "22.30"]
     peers = rows_of(bundle, "peers", "CPU")
-    assert peers[0] == ["transformers", "1", "2.00", "2.12", "1.062 times as fast", "3"]
+    assert peers[0] == ["transformers", "1", "2.00", "2.12", "1.062", "3"]
     assert peers[1][:2] == ["openvino", "not measured: ModuleNotFoundError: No module named 'openvino'"]
     assert rows_of(bundle, "end_to_end", "CPU")[1] == [
         "this bundle",
@@ -315,8 +315,8 @@ def test_the_last_line_of_a_log_says_why_the_npu_is_blocked(bundle):
         json.dumps(ENVIRONMENT | {"npu_status": "blocked", "npu_blocked_reason": "CANN is not set up"})
     )
     short = "BLOCKED: torch_npu sees no NPU (ASCEND_RT_VISIBLE_DEVICES=)"
-    assert rows_of(bundle, "inference", "NPU")[0][0] == f"{short} ([logs/inference.log](logs/inference.log))"
-    assert rows_of(bundle, "accuracy", "NPU")[0][0].startswith("BLOCKED: CANN is not set up ([results/env_info.json]")
+    assert rows_of(bundle, "inference", "NPU")[0][0] == f"{short} ([inference.log](logs/inference.log))"
+    assert rows_of(bundle, "accuracy", "NPU")[0][0].startswith("BLOCKED: CANN is not set up ([env_info.json]")
     deliverables = lines_of(bundle, "deliverables")
     assert f"| results/inference.json | {short} |" in deliverables
     assert "| results/accuracy_eval.json | BLOCKED: CANN is not set up |" in deliverables
@@ -346,6 +346,12 @@ def test_what_failed_is_told(bundle):
     short = {"batch_size": 64, "image_size": 224, "out_of_memory": True, "reason": "tried | [3 GiB]"}
     save(bundle, "performance_eval", results=[performance_row(1, 2.0), short])
     assert "| CPU | 64 | out of memory: tried \\| \\[3 GiB\\] | - |" in "".join(lines_of(bundle, "performance"))
+
+
+def test_the_sweep_names_each_bar_that_is_missed_once(bundle):
+    misses = ["Hidden: relative L2", "Hidden: worst token", "Class token: relative L2"]
+    save(bundle, "accuracy_eval", sweep=[sweep_row("bfloat16", 1.3e-2, overall="FAIL", misses=misses)], recommended=None)
+    assert rows_of(bundle, "sweep", "CPU")[0][-2:] == ["FAIL (relative L2, worst token)", "no"]
 
 
 def test_what_an_interrupted_run_left_says_that_it_is_partial(bundle):
@@ -701,7 +707,4 @@ def test_the_documented_sequence_stops_where_there_is_no_npu(copy_of_bundle, che
     assert not list((root / "results").glob("*eval*.json")) and (root / "README.md").read_text() == skeleton()
     monkeypatch.setattr(inference, "ROOT", root)
     assert evidence.main([]) == 0
-    assert (
-        "| NPU | BLOCKED: torch_npu sees no NPU ([logs/inference.log](logs/inference.log)) |"
-        in (root / "README.md").read_text()
-    )
+    assert "| NPU | BLOCKED: torch_npu sees no NPU ([inference.log](logs/inference.log)) |" in (root / "README.md").read_text()
