@@ -175,17 +175,8 @@ def test_every_message_of_the_troubleshooting_table_is_one_that_the_scripts_prin
 
 def test_the_readmes_way_to_read_parts_finds_the_nearest_neighbour(run, tiny_folder, tmp_path, monkeypatch, capsys):
     done = run(
-        "--image_path",
-        SAMPLES,
-        SAMPLES,
-        "--model_path",
-        tiny_folder,
-        "--device",
-        "cpu",
-        "--part_size",
-        5,
-        "--output",
-        tmp_path / "features",
+        *("--image_path", SAMPLES, SAMPLES, "--model_path", tiny_folder, "--device", "cpu"),
+        *("--part_size", 5, "--output", tmp_path / "features"),
     )
     assert done.code == 0, done.terminal
     monkeypatch.chdir(tmp_path)
@@ -198,16 +189,8 @@ def test_the_readmes_way_to_parquet_keeps_rows_and_paths(run, tiny_folder, tmp_p
     pandas = pytest.importorskip("pandas", reason="pandas is optional")
     pytest.importorskip("pyarrow", reason="pyarrow is optional")
     run(
-        "--image_path",
-        SAMPLES,
-        "--model_path",
-        tiny_folder,
-        "--device",
-        "cpu",
-        "--part_size",
-        4,
-        "--output",
-        tmp_path / "features",
+        *("--image_path", SAMPLES, "--model_path", tiny_folder, "--device", "cpu"),
+        *("--part_size", 4, "--output", tmp_path / "features"),
     )
     monkeypatch.chdir(tmp_path)
     exec(code_blocks("python")[1], {})
