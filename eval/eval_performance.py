@@ -173,7 +173,7 @@ def measure_limit(
         "batch_size": largest,
         "matmul_tflops": rate * flop_per_image(model.module.config, model.preprocess.image_size) / 1e12,
         "limit_img_s": rate,
-        "copy_gb_s": copy_bandwidth(model.device, rounds),
+        "copy_gb_s": halving(partial(copy_bandwidth, model.device, rounds), COPIED_BYTES),
         "turns": [
             {
                 "batch_size": row["batch_size"],
@@ -186,13 +186,21 @@ def measure_limit(
     }
 
 
-def copy_bandwidth(device: inference.Device, runs: int, size: int = COPIED_BYTES) -> float:
-    """Gigabytes a second, read and written, of a copy of `size` bytes within the device, or of less where they do not fit."""
-    try:
-        source = torch.ones(size // 4, device=device.torch_device)
-        target = torch.empty_like(source)
-    except torch.OutOfMemoryError:
-        return copy_bandwidth(device, runs, size // 4)
+def halving(measure: Callable[[int], Any], size: int) -> Any:
+    """measure(size), or of the half, the quarter and so on where that is out of memory, down to 1."""
+    while True:
+        try:
+            return measure(size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        size //= 2  # only here has the error let go of what the attempt allocated
+
+
+def copy_bandwidth(device: inference.Device, runs: int, size: int) -> float:
+    """Gigabytes a second, read and written, of a copy of `size` bytes within the device."""
+    source = torch.ones(size // 4, device=device.torch_device)
+    target = torch.empty_like(source)
     target.copy_(source)
     return 2 * size / statistics.median(time_once(device, lambda: target.copy_(source)) for _ in range(runs)) / 1e9
 
@@ -690,14 +698,8 @@ def measure(encoder: Encoder, crops: torch.Tensor, args: argparse.Namespace, res
     if not fitting:
         raise UsageError(f"out of memory at every batch size of {args.batch_sizes}; try a smaller one, or --dtype float16")
     log.info("Measuring the limit ...")
-    largest = max(fitting)
-    while result["limit"] is None:
-        try:
-            result["limit"] = measure_limit(encoder, crops, fitting, args.rounds, largest)
-        except torch.OutOfMemoryError:  # of the products beside the forward pass
-            if largest == 1:
-                raise
-            largest //= 2
+    # The products stand beside the forward pass in memory, and may need to be of a smaller batch.
+    result["limit"] = halving(partial(measure_limit, encoder, crops, fitting, args.rounds), max(fitting))
     add_shares(result)
     log_summary(result)
     result["peers"] = []

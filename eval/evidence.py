@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import subprocess
@@ -967,17 +968,14 @@ def draw_throughput(axes: Axes, source: Source, published: dict[str, Any] | None
     """Images a second by batch size, beside the limit, the peers and, on an NPU, the published run."""
     data = source.data
     rows = [row for row in data["results"] if "throughput_img_s" in row]
-    sizes, rates = columns_of(rows, "throughput_img_s")
-    axes.plot(sizes, rates, "o-", color="C0", label="this bundle", zorder=3)
-    own = dict(zip(sizes, rates, strict=True))
-    for peer, marker, colour in peer_styles(data):
-        sizes, ratios = columns_of(peer_rows_of(data, peer), "speed_ratio")
-        values = [own[size] / ratio for size, ratio in zip(sizes, ratios, strict=True)]
-        axes.plot(sizes, values, f"{marker}--", color=colour, label=peer, alpha=0.8)
+    own = columns_of(rows, "throughput_img_s")
+    axes.plot(*own, "o-", color="C0", label="this bundle", zorder=3)
+    for peer, marker, colour, peers in peer_styles(data):
+        compared = by_ratio(own, columns_of(peers, "speed_ratio"), operator.truediv)
+        axes.plot(*compared, f"{marker}--", color=colour, label=peer, alpha=0.8)
     if data.get("limit"):
-        sizes, shares = columns_of(rows, "share_of_limit_percent", 0.01)
-        values = [own[size] / share for size, share in zip(sizes, shares, strict=True)]
-        axes.plot(sizes, values, ".:", color="dimgrey", label="limit: matrix\nproducts alone")
+        compared = by_ratio(own, columns_of(rows, "share_of_limit_percent", 0.01), operator.truediv)
+        axes.plot(*compared, ".:", color="dimgrey", label="limit: matrix\nproducts alone")
     if published:
         label = f"published Ascend run,\nnot this code ({published['dtype']})"
         axes.plot(
@@ -999,29 +997,35 @@ def draw_latency(axes: Axes, source: Source, published: dict[str, Any] | None) -
     sizes, medians = columns_of(rows, "p50_s", 1e3)
     slowest = [max(0.0, high - middle) for high, middle in zip(columns_of(rows, "p95_s", 1e3)[1], medians, strict=True)]
     axes.errorbar(sizes, medians, [[0.0] * len(rows), slowest], fmt="o-", color="C0", capsize=6, zorder=3)
-    own = dict(zip(sizes, medians, strict=True))
-    for peer, marker, colour in peer_styles(data):
-        sizes, ratios = columns_of(peer_rows_of(data, peer), "speed_ratio")
-        values = [own[size] * ratio for size, ratio in zip(sizes, ratios, strict=True)]
-        axes.plot(sizes, values, f"{marker}--", color=colour, alpha=0.8)
+    for _, marker, colour, peers in peer_styles(data):
+        compared = by_ratio((sizes, medians), columns_of(peers, "speed_ratio"), operator.mul)
+        axes.plot(*compared, f"{marker}--", color=colour, alpha=0.8)
     if published:
         axes.plot(*columns_of(published["results"], "p50_s", 1e3), "x", color="crimson", markersize=11, markeredgewidth=3)
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.set_ylabel("ms a batch (median; bar: to 95%)")
 
 
-def peer_styles(data: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Name, marker and colour of each peer that was measured."""
-    names = dict.fromkeys(row["peer"] for row in data.get("peers") or [] if "unavailable" not in row)
-    return [(name, "s^vDP"[place % 5], f"C{place + 1}") for place, name in enumerate(names)]
+def peer_styles(data: dict[str, Any]) -> list[tuple[str, str, str, list[dict[str, Any]]]]:
+    """Name, marker, colour and rows of each peer that was measured."""
+    rows = [row for row in data.get("peers") or [] if "unavailable" not in row]
+    names = dict.fromkeys(row["peer"] for row in rows)
+    return [
+        (name, "s^vDP"[place % 5], f"C{place + 1}", [row for row in rows if row["peer"] == name])
+        for place, name in enumerate(names)
+    ]
 
 
-def peer_rows_of(data: dict[str, Any], peer: str) -> list[dict[str, Any]]:
-    """The rows of a peer that ran."""
-    return [row for row in data["peers"] if row["peer"] == peer and "speed_ratio" in row]
+Columns = tuple[list[float], list[float]]
 
 
-def columns_of(rows: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
+def by_ratio(own: Columns, ratios: Columns, combine: Callable[[float, float], float]) -> Columns:
+    """Batch sizes, and what this bundle's own value there and the ratio to it make of each other."""
+    values = dict(zip(*own, strict=True))
+    return ratios[0], [combine(values[size], ratio) for size, ratio in zip(*ratios, strict=True)]
+
+
+def columns_of(rows: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> Columns:
     """Batch sizes and values."""
     return [checked(row["batch_size"]) for row in rows], [scale * checked(row[key]) for row in rows]
 

@@ -145,7 +145,7 @@ def test_the_limit_is_that_of_the_largest_batch_and_shares_come_from_turns(monke
     encoder = inference.Encoder(tiny, ["class_token"], 1)
     monkeypatch.setattr(encoder, "run", lambda batch: f"bundle {len(batch)}")
     size = TINY["image_size"]
-    monkeypatch.setattr(eval_performance, "copy_bandwidth", lambda device, runs: 20.0)
+    monkeypatch.setattr(eval_performance, "copy_bandwidth", lambda device, runs, size: 20.0)
     limit = eval_performance.measure_limit(encoder, torch.zeros(4, size, size, 3, dtype=torch.uint8), [1, 4], 2, 4)
     assert [turn["share_of_limit_percent"] for turn in limit["turns"]] == pytest.approx([37.5, 75.0])
     assert limit["limit_img_s"] == pytest.approx(4 / 1.5)
