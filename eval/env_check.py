@@ -1,19 +1,19 @@
-"""What machine is this, can its NPU be used, and do its versions go together?
+"""What machine is this, can its NPU be used, do its versions go together, and what is to be installed?
 
     python eval/env_check.py
     python eval/env_check.py --lock_weights weights/webssl-mae300m-full2b-224
 
-Prints the environment, overwrites logs/env_check.log with the same text, and writes results/env_info.json. Where that file
-records a machine with an NPU and here there is none, it is kept, and env_info_cpu.json and env_check_cpu.log are written.
-User names, host names and what looks like a secret are left out, so that both files can be published. --lock_weights first
-loads the weights, and records sizes and SHA-256 of their files in locked_models.md.
+Prints the environment and writes results/env_info.json and logs/env_check.log. A machine whose NPU is BLOCKED keeps a record
+of one that works, or that is BLOCKED for the same reason: it writes results/trial/ and logs/trial/, or with --publish results/
+and logs/ (env_info_cpu.json and env_check_cpu.log beside an NPU's). User names, host names and what looks like a secret are
+left out. --lock_weights first loads the weights, and records sizes and SHA-256 of their files in locked_models.md.
 
-Exit codes: 0 done, also where no NPU can be used; 2 wrong usage, unusable weights or a file that cannot be written.
+Exit codes: 0 done, also where no NPU can be used; 2 wrong usage, a package that is missing, unusable weights or a file that
+cannot be written; 70 an error nobody foresaw; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -21,51 +21,52 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if TYPE_CHECKING:
+    import argparse
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
 ENVIRONMENT = dict(os.environ)  # the user's own: what is imported below adds to it
+MISSING: str | None = None  # on a bare host this script still says what to install
+
+from stacks import cann_packages_fit, find_cann, install_advice, installed, pairing, requirements_fit, versions_fit
 
 try:
     import inference  # first of all: it sets what must precede torch
-except ImportError as error:
-    print(f"error: {error}. Run: pip install -r requirements.txt", file=sys.stderr)
-    raise SystemExit(2) from None
-import torch
-from inference import Blocked, UsageError
+    from inference import Blocked, UsageError, torch
+except (ImportError, OSError) as error:  # OSError: a library that torch needs
+    MISSING = str(error)
+except KeyboardInterrupt:
+    print("stopped; run it again", file=sys.stderr)
+    raise SystemExit(130) from None
 
 REPOSITORY = "webssl-mae300m-npu"
-LOCKS = inference.ROOT / "locked_models.md"
-SET_ENV = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
+LOCKS = ROOT / "locked_models.md"
 TOOL_TIMEOUT_S = 20.0
 
-# The CANN that each torch_npu goes with: Ascend/pytorch's release notes; 2.9.0.post1 by the published run, which ran.
-RECORDED_CANN = {
-    "2.9.0": "8.5.0",
-    "2.9.0.post1": "8.5.1",
-    "2.9.0.post2": "9.0.0",
-    "2.9.0.post6": "9.1.0",
-    "2.10.0.post4": "9.1.0",
-    "2.11.0": "9.1.0",
-    "2.12.0": "9.1.0",
+# What changes numbers or speed without a word, and how.
+SILENT_VARIABLES = {
+    "ACL_*": "a setting of CANN's runtime and operators",
+    "ASCEND_LAUNCH_BLOCKING": "1: each operator is waited for, so that no speed means anything",
+    "ASCEND_RT_VISIBLE_DEVICES": "the NPUs that can be seen here; npu:0 is the first of them",
+    "CPU_AFFINITY_CONF": "which cores the threads that launch operators are bound to",
+    "INF_NAN_MODE_ENABLE": "1, the default of Atlas A2 and A3: an overflow gives Inf; 0 alone is refused there",
+    "INF_NAN_MODE_FORCE_DISABLE": "1: an overflow gives the largest number, and NaN becomes 0",
+    "OMP_NUM_THREADS": "how many threads compute on the CPU",
+    "PYTORCH_NPU_ALLOC_CONF": "how torch_npu reserves memory",
+    "TASK_QUEUE_ENABLE": "how operators are launched: 0 waits, 1 is the default, 2 is fastest and refused in graphs",
+    "TORCH_NPU_USE_COMPATIBLE_IMPL": "1: torch_npu 26.0 and later compute gelu and others as torch does on a GPU",
 }
 
-# Files below CANN's home that tell its version, the surest first: version.info's Version may be a component's own number.
-CANN_FILES = (
-    ("ascend_*_install.info", r"^version=(.+)$"),
-    ("*/ascend_*_install.info", r"^version=(.+)$"),
-    ("version.cfg", r"version=\[[^:\]]*:([^\]]+)\]"),
-    ("version.info", r"^version_dir=(?:cann-)?(.+)$"),
-    ("version.info", r"^Version=(.+)$"),
-)
-
 SHOWN_VARIABLES = re.compile(
-    r"ASCEND|CANN|HCCL|NPU_|TORCH_|TASK_QUEUE|PYTORCH_NPU|(?:LD_LIBRARY_PATH|PYTHONPATH|HF_ENDPOINT)$", re.IGNORECASE
+    r"ASCEND|CANN|HCCL|NPU_|TORCH_|PYTORCH_NPU|(?:LD_LIBRARY_PATH|PYTHONPATH|HF_ENDPOINT)$", re.IGNORECASE
 )
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIAL", re.IGNORECASE)
 SECRETS = (
@@ -91,13 +92,24 @@ def mask(text: str) -> str:
     return re.sub(r"(?<![\w.~])/(?:home|Users)/[^/\s:]+", "~", text)
 
 
+def silent_variables() -> dict[str, str]:
+    """The variables of SILENT_VARIABLES that are set, with ACL_* for all that begin so."""
+    return {name: mask(value) for name, value in sorted(ENVIRONMENT.items()) if _meaning(name)}
+
+
+def _meaning(name: str) -> str | None:
+    return SILENT_VARIABLES.get("ACL_*" if name.startswith("ACL_") else name)
+
+
 def shown_variables(environment: Mapping[str, str]) -> list[str]:
-    """NAME=value of the variables that rule CANN, torch_npu and the downloads, one line each, secrets masked."""
+    """NAME=value of the variables that rule CANN, torch_npu and the downloads, secrets masked; what decides silently is explained."""
     lines = []
     for name in sorted(environment):
-        if SHOWN_VARIABLES.match(name):
+        meaning = _meaning(name)
+        if meaning or SHOWN_VARIABLES.match(name):
             value = LONG_TOKEN.sub("***", mask(" ".join(environment[name].split())))
-            lines.append(f"{name}=***" if SECRET_NAMES.search(name) else f"{name}={value}")
+            value = "***" if SECRET_NAMES.search(name) else value
+            lines.append(f"{name}={value} ({meaning})" if meaning else f"{name}={value}")
     return lines
 
 
@@ -123,9 +135,11 @@ def tool_output(*command: str) -> str:
         return f"{name}: cannot be run ({error.strerror})"
     try:
         output = process.communicate(timeout=TOOL_TIMEOUT_S)[0].rstrip()
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:  # Ctrl-C does not reach what is in a session of its own
         with suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
+        if isinstance(error, KeyboardInterrupt):
+            raise
         with suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=1)  # not longer: a program that is stuck in its driver cannot be killed
         return f"{called}: no answer within {TOOL_TIMEOUT_S:g} s"
@@ -145,26 +159,11 @@ def find_npu() -> dict[str, Any]:
         return {"npu_model": None, "npu_count": None, "npu_status": "blocked", "npu_blocked_reason": mask(reason)}
 
 
-def find_cann(environment: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """CANN's version as it is reported, a number or else its folder, and the number alone; None for what is not known."""
-    home = environment.get("ASCEND_TOOLKIT_HOME") or environment.get("ASCEND_HOME_PATH")
-    if not home:
-        return None, None
-    for pattern, line in CANN_FILES:
-        for path in sorted(Path(home).glob(pattern)):
-            with suppress(OSError):
-                found = re.search(line, path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-                if found and re.match(r"\d+\.\d", found[1]):
-                    return found[1].strip(), found[1].strip()
-    numbers = re.findall(r"(?<=[/-])\d+\.\d+[\w.]*", os.path.realpath(home))
-    return home, numbers[-1] if numbers else None
-
-
 def gpu_name() -> str | None:
     """Name of the first GPU that torch can use."""
     with warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")
-        return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+        return inference.open_device("cuda").name
     return None
 
 
@@ -185,17 +184,19 @@ def memory_gb() -> float | None:
 
 def collect() -> dict[str, Any]:
     """What results/env_info.json holds: the published keys first."""
-    npu, (cann, cann_number), found = find_npu(), find_cann(os.environ), inference.versions()
-    requirements = inference.ROOT / "requirements.txt"
-    lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
-    advice = versions_fit(torch.__version__, found["torch_npu"], cann_number) + requirements_fit(lines)
+    npu, cann, found = find_npu(), find_cann(os.environ), inference.versions()
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    advice = [cann.note] if cann.note else []
+    advice += versions_fit(torch.__version__, found["torch_npu"], cann.number) + variables_fit(ENVIRONMENT)
+    advice += requirements_fit(requirements) + (cann_packages_fit(cann.number) if cann.reported else [])
+    works = npu["npu_status"] == "available"
     return {
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python_version": platform.python_version(),
         "architecture": platform.machine(),
         "npu_model": npu.pop("npu_model"),
         "npu_count": npu.pop("npu_count"),
-        "cann_version": mask(cann) if cann else None,
+        "cann_version": mask(cann.reported) if cann.reported else None,
         "torch_version": torch.__version__,
         "torch_npu_version": found["torch_npu"],
         "transformers_version": found["transformers"],
@@ -205,7 +206,10 @@ def collect() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "memory_gb": memory_gb(),
         "gpu": gpu_name(),
-        "advice": advice,
+        "pairing": pairing(found["torch_npu"], cann.number),
+        "advice": [mask(line) for line in advice],
+        "install": install_advice(torch.__version__, found["torch_npu"], cann, works),
+        "silent_variables": silent_variables(),
         "time_utc": inference.utc_now(),
         "command": mask(inference.command_line()),
         **inference.git_state(),
@@ -215,59 +219,19 @@ def collect() -> dict[str, Any]:
 # --- what goes together ---
 
 
-def versions_fit(torch_version: str, torch_npu_version: str | None, cann: str | None) -> list[str]:
-    """What to change so that torch, torch_npu and CANN go together; empty where they do, or where there is no torch_npu."""
-    if torch_npu_version is None:
-        return []
-    npu, ours = torch_npu_version.split("+")[0], torch_version.split("+")[0]
-    wanted = ".".join(npu.split(".")[:3])
-    advice = []
-    if ours.split(".")[:3] != wanted.split("."):
+def variables_fit(environment: Mapping[str, str]) -> list[str]:
+    """What to change in the environment variables that decide silently."""
+    advice, visible = [], environment.get("ASCEND_RT_VISIBLE_DEVICES", "")
+    if environment.get("INF_NAN_MODE_FORCE_DISABLE") == "1":
         advice.append(
-            f"torch_npu {npu} needs torch {wanted}, and this is torch {torch_version}: install torch {wanted} (on x86_64 its CPU "
-            "build), or the torch_npu of torch's version"
+            "INF_NAN_MODE_FORCE_DISABLE=1: an overflow saturates instead of giving Inf, so a check for finite numbers passes on "
+            "garbage, and inference.py refuses float16: unset it"
         )
-    recorded = RECORDED_CANN.get(npu)
-    if cann is None:
-        which = f"CANN {recorded}, which torch_npu {npu} goes with" if recorded else "CANN"
-        advice.append(f"CANN's version cannot be told: install {which}, then run: {SET_ENV}")
-    elif cann != recorded:
-        advice.append(_cann_advice(npu, recorded, cann))
-    return advice
-
-
-def _cann_advice(npu: str, recorded: str | None, cann: str) -> str:
-    fitting = [version for version, known in RECORDED_CANN.items() if known == cann]
-    alternative = f"torch_npu recorded with CANN {cann}: {', '.join(fitting)}" if fitting else ""
-    if recorded is None or recorded.split(".")[:2] == cann.split(".")[:2]:
-        known = "; ".join(filter(None, [f"torch_npu {npu} is recorded with CANN {recorded}" if recorded else "", alternative]))
-        return f"torch_npu {npu} with CANN {cann} was not recorded, which does not make it wrong" + (
-            f" ({known})" if known else ""
+    numbers = [int(number) for number in re.findall(r"\d+", visible)]
+    if visible and (numbers != sorted(set(numbers)) or not re.fullmatch(r"\d+( *, *\d+)*", visible.strip())):
+        advice.append(
+            f"ASCEND_RT_VISIBLE_DEVICES={mask(visible)}: it must be ascending numbers with commas between, such as 0,1"
         )
-    return f"torch_npu {npu} goes with CANN {recorded}, and this is CANN {cann}: install CANN {recorded}" + (
-        f", or a {alternative}" if alternative else ""
-    )
-
-
-def requirements_fit(lines: Sequence[str]) -> list[str]:
-    """What to install so that the packages are within requirements.txt; torch_npu is left to versions_fit."""
-    try:
-        from packaging.requirements import Requirement
-    except ImportError:
-        return ["packaging is not installed: pip install -r requirements.txt"]
-    advice = []
-    for line in lines:
-        with suppress(ValueError):
-            wanted = Requirement(line)
-            if wanted.name == "torch_npu" or (wanted.marker and not wanted.marker.evaluate()):
-                continue
-            try:
-                version = importlib.metadata.version(wanted.name)
-            except importlib.metadata.PackageNotFoundError:
-                advice.append(f"{wanted.name} is not installed: pip install -r requirements.txt")
-                continue
-            if not wanted.specifier.contains(version, prereleases=True):
-                advice.append(f"{wanted.name} {version} is not what requirements.txt asks for: pip install '{wanted}'")
     return advice
 
 
@@ -280,7 +244,7 @@ def sections(info: dict[str, Any], notes: Sequence[str]) -> str:
     versions = {name: info[f"{name}_version"] or "not installed" for name in ("torch", "torch_npu", "transformers")}
     parts = {
         "System Info": f"{uname.system} {uname.release} {uname.version} {uname.machine}",
-        "Python": f"Python {info['python_version']}\n{_pip_version()}",
+        "Python": f"Python {info['python_version']}\npip {installed('pip') or 'not installed'}",
         "NPU Info": tool_output("npu-smi", "info"),
         "CANN Version": info["cann_version"] or "not found",
         "PyTorch": versions["torch"],
@@ -299,35 +263,50 @@ def sections(info: dict[str, Any], notes: Sequence[str]) -> str:
 def _git_lines(info: dict[str, Any]) -> str:
     if info["git_commit"] is None:
         return "no git, or no git repository"
-    branch = tool_output("git", "-C", str(inference.ROOT), "branch", "--show-current") or "none (a commit is checked out)"
+    branch = tool_output("git", "-C", str(ROOT), "branch", "--show-current") or "none (a commit is checked out)"
     changed = "yes" if info["git_dirty"] else "no"
     return f"Branch: {branch}\nCommit: {info['git_commit']}\nPython files changed since: {changed}"
 
 
-def _pip_version() -> str:
-    with suppress(importlib.metadata.PackageNotFoundError):
-        return f"pip {importlib.metadata.version('pip')} (python {'.'.join(platform.python_version_tuple()[:2])})"
-    return "pip: not installed"
-
-
 def verdict(info: dict[str, Any]) -> list[str]:
-    """Whether the NPU can be used, what else computes, and what to change."""
+    """Whether the NPU can be used, what else computes, what to change and what to install."""
     if info["npu_status"] == "available":
         npu = f"NPU: available, {info['npu_count']} x {info['npu_model']}"
     else:
         npu = f"NPU: BLOCKED: {info['npu_blocked_reason']}"
     hardware = f"CPU: {info['cpu']}, {info['cpu_cores']} cores, {info['memory_gb']} GiB; GPU: {info['gpu'] or 'none'}"
-    if info["advice"]:
-        return [npu, hardware, "Versions: look at", *(f"- {line}" for line in info["advice"])]
-    compared = "torch, torch_npu and CANN go together" if info["torch_npu_version"] else "no torch_npu to compare"
-    return [npu, hardware, f"Versions: {compared}; requirements.txt is met"]
+    versions = ["Look at", *(f"- {line}" for line in info["advice"])] if info["advice"] else ["Nothing to change"]
+    return [
+        npu,
+        hardware,
+        f"Versions: {info['pairing'] or 'no torch_npu beside CANN'}",
+        *versions,
+        f"Install: {info['install']}",
+    ]
 
 
-def keeps_record(path: Path, status: str) -> bool:
-    """Whether `path` records a machine whose NPU works and this one's does not: then it must not be overwritten."""
-    with suppress(OSError, ValueError, AttributeError):
-        return status == "blocked" and json.loads(path.read_text(encoding="utf-8")).get("npu_status") == "available"
-    return False
+def destination(args: argparse.Namespace, info: dict[str, Any]) -> tuple[Path, Path, list[str]]:
+    """Where JSON and log go, and a line where a record is kept: a BLOCKED machine replaces neither an NPU nor its like."""
+    record: dict[str, Any] = {}
+    folder = Path(args.results_dir or ROOT / "results")
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / "env_info.json").read_text(encoding="utf-8"))
+        record = found if isinstance(found, dict) else {}
+    blocked = info["npu_status"] == "blocked"
+    works = blocked and record.get("npu_status") == "available"
+    same = blocked and "npu_blocked_reason" in record and _gist(record) == _gist(info)
+    below, suffix = ("trial" if (works or same) and not args.publish else ""), ("_cpu" if works else "")
+    path = (folder if args.results_dir else folder / below) / f"env_info{suffix}.json"
+    log_path = Path(args.output_log or ROOT / "logs" / below / f"env_check{suffix}.log")
+    if path == folder / "env_info.json":
+        return path, log_path, []
+    why = "a machine whose NPU works" if works else "the same reason (--publish replaces it)"
+    return path, log_path, [f"{inference.relative_to_root(folder)}/env_info.json is kept: it records {why}"]
+
+
+def _gist(info: dict[str, Any]) -> str:
+    """The reason of a BLOCKED machine without what differs from one to the next: its versions, and the advice."""
+    return re.sub(r"\d[\w.+]*", "", str(info["npu_blocked_reason"]).split(". ")[0])
 
 
 # --- the lock ---
@@ -336,7 +315,7 @@ def keeps_record(path: Path, status: str) -> bool:
 def lock_weights(given: str) -> list[str]:
     """Record the files of the weights at `given` in locked_models.md. Returns a line for each file."""
     path = Path(given).expanduser()
-    path = path if path.exists() else inference.ROOT / given
+    path = path if path.exists() else ROOT / given
     if not (path.suffix == ".pth" and path.is_file()) and not any(path.glob("*.safetensors")):
         raise UsageError(
             f"--lock_weights {given}: no weights there; name a folder in transformers' layout with *.safetensors, or a .pth file"
@@ -365,27 +344,25 @@ def update_locks(text: str, files: Mapping[str, tuple[int, str]]) -> str:
 
     Raises UsageError where another hash is recorded for one of them: a lock is not replaced by the way.
     """
-    lines = text.splitlines(keepends=True)
-    headers = [number for number, line in enumerate(lines) if re.match(r"\| *file *\| *bytes *\| *sha256 *\|", line)]
-    if not headers:
+    table = re.search(r"^\| *file *\| *bytes *\| *sha256 *\|[^\n]*(?:\n\|[^\n]*)*", text, re.MULTILINE)
+    if table is None:
         raise UsageError("locked_models.md has no table '| file | bytes | sha256 |'; fetch the file again")
-    new, end = dict(files), headers[0] + 1
-    while end < len(lines) and lines[end].startswith("|"):
-        row = re.match(r"\| *`([^`|]+)` *\|[^|]*\| *`?([^|`]*?)`? *\|", lines[end])
-        if row and row[1] in new:
-            size, digest = new.pop(row[1])
-            if re.fullmatch(r"[0-9a-f]{64}", row[2]) and row[2] != digest:
+    rows = table[0].split("\n")  # a row keeps its \r
+    for name, (size, digest) in files.items():
+        new = f"| `{name}` | {size} | `{digest}` |"
+        for number, row in enumerate(rows):
+            old = re.match(rf"\| *`{re.escape(name)}` *\|[^|]*\| *`?([^|`]*?)`? *\|", row)
+            if old and re.fullmatch(r"[0-9a-f]{64}", old[1]) and old[1] != digest:
                 raise UsageError(
-                    f"{row[1]}: locked_models.md records another sha256 ({row[2][:12]}...), nothing was recorded. "
+                    f"{name}: locked_models.md records another sha256 ({old[1][:12]}...), nothing was recorded. "
                     "To lock these weights in its place, set its row to 'not recorded' first"
                 )
-            lines[end] = f"| `{row[1]}` | {size} | `{digest}` |" + lines[end][row.end() :]
-        end += 1
-    newline = "\r\n" if lines[headers[0]].endswith("\r\n") else "\n"
-    if new and not lines[end - 1].endswith("\n"):
-        lines[end - 1] += newline
-    lines[end:end] = [f"| `{name}` | {size} | `{digest}` |{newline}" for name, (size, digest) in new.items()]
-    return "".join(lines)
+            if old:
+                rows[number] = new + row[old.end() :]
+                break
+        else:
+            rows.append(new + ("\r" if rows[0].endswith("\r") else ""))
+    return text[: table.start()] + "\n".join(rows) + text[table.end() :]
 
 
 # --- command line ---
@@ -393,52 +370,49 @@ def update_locks(text: str, files: Mapping[str, tuple[int, str]]) -> str:
 
 def make_parser() -> inference.ArgumentParser:
     parser = inference.ArgumentParser(__doc__)
-    parser.add_argument(
-        "--lock_weights", metavar="PATH", help="record the files of these weights (a folder or a .pth) in locked_models.md"
-    )
+    parser.add_argument("--lock_weights", metavar="PATH", help="record these weights (a folder or a .pth) in locked_models.md")
     parser.add_argument("--output_log", metavar="FILE", help="write the text to FILE (default: logs/env_check.log)")
-    parser.add_argument(
-        "--results_dir",
-        default=str(inference.ROOT / "results"),
-        metavar="DIR",
-        help="folder for env_info.json (default: results/)",
-    )
+    parser.add_argument("--results_dir", metavar="DIR", help="folder for env_info.json (default: results/)")
+    parser.add_argument("--publish", action="store_true", help="write results/ and logs/ also where the NPU is BLOCKED")
     return parser
 
 
-def check(results_dir: str, output_log: str | None, locked: Sequence[str]) -> None:
+def check(args: argparse.Namespace, locked: Sequence[str]) -> None:
     """Write JSON and log, and print the log. `locked` are lines about weights that were recorded before."""
-    info, folder, notes = collect(), Path(results_dir), list(locked)
-    name, log_name = "env_info.json", "env_check.log"
-    if keeps_record(folder / name, info["npu_status"]):
-        kept = inference.relative_to_root(folder / name)
-        name, log_name = "env_info_cpu.json", "env_check_cpu.log"
-        notes.append(f"{kept} is kept: it records a machine whose NPU works. This machine is in {name}")
-    log_path = Path(output_log or inference.ROOT / "logs" / log_name)
-    text = sections(info, notes)
+    info = collect()
+    path, log_path, kept = destination(args, info)
+    text = sections(info, [*locked, *kept])
     try:
-        inference.write_json(folder / name, info)
+        inference.write_json(path, info)
         with inference.replacing(log_path) as file:
             file.write(text.encode("utf-8"))
     except UsageError as error:
         raise UsageError(f"{error}; name another place with --results_dir and --output_log") from error
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), end="")
-    print(f"Saved to {inference.relative_to_root(folder / name)} and {inference.relative_to_root(log_path)}")
+    print(f"Saved to {inference.relative_to_root(path)} and {inference.relative_to_root(log_path)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
     try:
-        locked = lock_weights(args.lock_weights) if args.lock_weights else []
-        check(args.results_dir, args.output_log, locked)
+        if MISSING:
+            raise ImportError(MISSING)
+        args = make_parser().parse_args(argv)
+        check(args, lock_weights(args.lock_weights) if args.lock_weights else [])
         return 0
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("stopped; nothing was saved", file=sys.stderr)
-        return 130
+        code, line = 130, "stopped; run it again"
+    except ImportError as error:
+        advice = install_advice(installed("torch"), installed("torch_npu"), find_cann(ENVIRONMENT))
+        code, line = 2, f"error: {error}. To install: {advice}"
+    except UsageError as error:
+        code, line = 2, f"error: {error}"
+    except Exception as error:  # noqa: BLE001
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        code, line = 70, f"error nobody foresaw: {type(error).__name__} at {place}: {inference.first_line(error)}"
+    print(line, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +22,7 @@ from types import SimpleNamespace
 import env_check
 import inference
 import pytest
+import stacks
 import torch
 from conftest import ROOT, SAMPLES, run_script
 
@@ -94,7 +98,7 @@ def section(log: str, heading: str) -> str:
 def test_the_published_keys_come_first_then_the_machine(check, no_torch_npu):
     info = check().files["env_info.json"]
     assert list(info)[:10] == list(PUBLISHED)
-    more = "npu_status npu_blocked_reason cpu cpu_cores memory_gb gpu advice time_utc command git_commit git_dirty"
+    more = "npu_status npu_blocked_reason cpu cpu_cores memory_gb gpu pairing advice install silent_variables time_utc command git_commit git_dirty"
     assert set(info) == {*PUBLISHED, *more.split()}
     assert info["python_version"] == ".".join(map(str, sys.version_info[:3]))
     assert info["torch_version"] == torch.__version__
@@ -155,7 +159,9 @@ def test_nothing_has_to_be_there(tmp_path, no_torch_npu):
     log = tmp_path / "log"
     done = run_script(
         *("eval/env_check.py", "--results_dir", tmp_path, "--output_log", log),
-        **{"PATH": "", "ASCEND_TOOLKIT_HOME": "/none/cann", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"},
+        PATH="",
+        ASCEND_TOOLKIT_HOME="/none/cann",
+        TORCH_DEVICE_BACKEND_AUTOLOAD="1",
     )
     assert (done.returncode, done.stderr) == (0, "")
     info = json.loads((tmp_path / "env_info.json").read_text())
@@ -173,20 +179,72 @@ def test_a_blocked_run_keeps_the_record_of_a_machine_with_an_npu(check, no_torch
     done = check()
     assert record.read_text() == '{"npu_status": "available"}'
     assert done.files["env_info_cpu.json"]["npu_status"] == "blocked"
-    kept = [line for line in done.log.splitlines() if "is kept: it records a machine whose NPU works" in line]
-    assert len(kept) == 1
-    assert kept[0].endswith("This machine is in env_info_cpu.json")
+    assert [line for line in done.log.splitlines() if "is kept" in line] == [
+        f"{tmp_path}/results/env_info.json is kept: it records a machine whose NPU works"
+    ]
 
 
-def test_a_blocked_run_keeps_the_log_of_a_machine_with_an_npu(monkeypatch, no_torch_npu, tmp_path):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "results" / "env_info.json").write_text('{"npu_status": "available"}')
-    (tmp_path / "logs" / "env_check.log").write_text("an NPU's log")
-    monkeypatch.setattr(inference, "ROOT", tmp_path)
-    assert env_check.main(["--results_dir", str(tmp_path / "results")]) == 0
-    assert (tmp_path / "logs" / "env_check.log").read_text() == "an NPU's log"
-    assert "npu-smi" in (tmp_path / "logs" / "env_check_cpu.log").read_text()
+@pytest.fixture
+def bundle(tmp_path, monkeypatch, no_torch_npu) -> Path:
+    """A bundle without results; env_check writes there what it writes by default."""
+    root = tmp_path / "bundle"
+    (root / "results").mkdir(parents=True)
+    shutil.copy(ROOT / "requirements.txt", root)
+    monkeypatch.setattr(env_check, "ROOT", root)
+    return root
+
+
+def written(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.suffix in (".json", ".log")}
+
+
+RECORD = {"results/env_info.json", "logs/env_check.log"}
+TRIAL = {"results/trial/env_info.json", "logs/trial/env_check.log"}
+BESIDE_AN_NPU = {"results/trial/env_info_cpu.json", "logs/trial/env_check_cpu.log"}
+
+
+def test_a_repeat_of_a_blocked_machine_is_a_trial_and_publish_replaces_the_record(bundle, monkeypatch):
+    assert env_check.main([]) == 0
+    assert written(bundle) == RECORD
+    before = {name: (bundle / name).read_bytes() for name in RECORD}
+    assert env_check.main([]) == 0
+    assert written(bundle) == RECORD | TRIAL
+    assert {name: (bundle / name).read_bytes() for name in RECORD} == before
+    monkeypatch.setattr(inference, "utc_now", lambda: "2031-01-01T00:00:00+00:00")
+    assert env_check.main(["--publish"]) == 0
+    for name in RECORD:
+        assert "2031-01-01" in (bundle / name).read_text()
+
+
+def test_another_version_of_torch_is_the_same_reason_and_another_reason_is_not(bundle, monkeypatch):
+    reason = "torch_npu is not installed. Install the torch_npu that goes with torch 2.11.0 (README: versions)"
+    record = bundle / "results" / "env_info.json"
+    record.write_text(json.dumps({"npu_status": "blocked", "npu_blocked_reason": reason}))
+    assert env_check.main([]) == 0
+    assert written(bundle) == {"results/env_info.json", *TRIAL}
+    record.write_text(json.dumps({"npu_status": "blocked", "npu_blocked_reason": "torch_npu sees no NPU. Check the driver"}))
+    assert env_check.main([]) == 0
+    assert json.loads(record.read_text())["npu_blocked_reason"].startswith("torch_npu is not installed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [([], BESIDE_AN_NPU), (["--publish"], {"results/env_info_cpu.json", "logs/env_check_cpu.log"})],
+)
+def test_the_record_and_the_log_of_an_npu_are_never_replaced_by_a_blocked_machine(bundle, arguments, expected):
+    (bundle / "logs").mkdir()
+    (bundle / "results" / "env_info.json").write_text('{"npu_status": "available"}')
+    (bundle / "logs" / "env_check.log").write_text("an NPU's log")
+    assert env_check.main(arguments) == 0
+    assert written(bundle) == RECORD | expected
+    assert (bundle / "results" / "env_info.json").read_text() == '{"npu_status": "available"}'
+    assert (bundle / "logs" / "env_check.log").read_text() == "an NPU's log"
+
+
+def test_folders_that_are_given_are_obeyed_to_the_letter(check, bundle, tmp_path):
+    for _ in range(2):
+        assert list(check().files) == ["env_info.json"]
+    assert written(tmp_path) == {"results/env_info.json", "logs/env_check.log"}
 
 
 @pytest.mark.parametrize("record", ['{"npu_status": "blocked"}', "{half a fi", "[]"])
@@ -224,6 +282,38 @@ def test_wrong_usage_is_one_line_and_exit_code_2(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_an_error_that_nobody_foresaw_is_one_line_with_its_place_and_exit_code_70(check, no_torch_npu, monkeypatch):
+    monkeypatch.setattr(env_check, "memory_gb", lambda: 1 / 0)
+    done = check()
+    assert (done.code, done.out, done.files) == (70, "", {})
+    assert re.fullmatch(r"error nobody foresaw: ZeroDivisionError at test_environment\.py:\d+: division by zero\n", done.err)
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(check, no_torch_npu, monkeypatch):
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(env_check, "memory_gb", stopped)
+    done = check()
+    assert (done.code, done.out, done.err) == (130, "", "stopped; run it again\n")
+
+
+def test_a_host_without_torch_is_told_the_whole_line(tmp_path):
+    """Also where a library of torch's is missing, and Ctrl-C while it is imported: what torch is here raises it."""
+    (tmp_path / "cann-8.5.1").mkdir()
+    for raised, code, line in (
+        ("ImportError(\"No module named 'torch'\")", 2, "error: No module named 'torch'. To install: "),
+        ("OSError('libgomp.so: not there')", 2, "error: libgomp.so: not there. To install: "),
+        ("KeyboardInterrupt", 130, "stopped; run it again"),
+    ):
+        (tmp_path / "torch.py").write_text(f"raise {raised}\n")
+        done = run_script("eval/env_check.py", PYTHONPATH=str(tmp_path), ASCEND_TOOLKIT_HOME=f"{tmp_path}/cann-8.5.1")
+        assert (done.returncode, done.stdout) == (code, "")
+        assert done.stderr.startswith(line)
+        assert "Traceback" not in done.stderr
+        assert code == 130 or "torch_npu" in done.stderr
+
+
 # --- programs ---
 
 
@@ -257,6 +347,19 @@ def test_a_hanging_npu_smi_is_given_up_with_all_that_it_started(check, no_torch_
     assert not (tmp_path / "still_there").exists()
 
 
+def test_ctrl_c_stops_what_was_started(no_torch_npu, program, monkeypatch, tmp_path):
+    """The signal comes while npu-smi hangs, which is in a session of its own."""
+    program("npu-smi", f"(sleep 1; touch {tmp_path}/still_there) & kill -INT {os.getpid()}; sleep 60")
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            env_check.tool_output("npu-smi", "info")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    time.sleep(1.2)
+    assert not (tmp_path / "still_there").exists()
+
+
 # --- what must not be published ---
 
 
@@ -279,7 +382,7 @@ def test_a_hanging_npu_smi_is_given_up_with_all_that_it_started(check, no_torch_
         ("ASCEND_NOTE", "AKIAIOSFODNN7EXAMPLE", "***"),
         ("ASCEND_NOTE", "0123456789abcdef0123456789abcdef0123456789abcdef", "***"),
         ("ASCEND_NOTE", "two\nlines", "two lines"),
-        ("TASK_QUEUE_ENABLE", "2", "2"),
+        ("HCCL_TIMEOUT", "2", "2"),
     ],
 )
 def test_secrets_and_names_of_people_are_masked(monkeypatch, name, value, shown):
@@ -316,21 +419,32 @@ def test_the_kernel_is_told_without_the_host_name(check, no_torch_npu):
 
 
 @pytest.mark.parametrize(
-    ("torch_version", "torch_npu", "cann"),
+    ("torch_version", "torch_npu", "cann", "said"),
     [
-        ("2.9.0", "2.9.0", "8.5.0"),
-        ("2.9.0+cpu", "2.9.0.post1+gitee7ba04", "8.5.1"),
-        ("2.9.0+cpu", "2.9.0.post2", "9.0.0"),
-        ("2.9.0", "2.9.0.post6", "9.1.0"),
-        ("2.10.0", "2.10.0.post4", "9.1.0"),
-        ("2.11.0", "2.11.0", "9.1.0"),
-        ("2.12.0", "2.12.0", "9.1.0"),
-        ("2.13.0", None, None),
-        ("2.13.0", None, "9.1.0"),
+        ("2.9.0", "2.9.0", "8.5.0", "torch_npu 2.9.0 with CANN 8.5.0 is a recommended pair"),
+        ("2.9.0+cpu", "2.9.0.post1+gitee7ba04", "8.5.1", "torch_npu 2.9.0.post1 with CANN 8.5.1 is a recommended pair"),
+        ("2.9.0+cpu", "2.9.0.post2", "9.0.0", "torch_npu 2.9.0.post2 with CANN 9.0.0 is a recommended pair"),
+        ("2.9.0", "2.9.0.post6", "9.1.0", "torch_npu 2.9.0.post6 with CANN 9.1.0 is a recommended pair"),
+        ("2.10.0", "2.10.0", "9.0.RC1", "torch_npu 2.10.0 with CANN 9.0.RC1 is a recommended pair"),
+        ("2.12.0", "2.12.0", "9.1.2", "torch_npu 2.12.0 with CANN 9.1.2 is a recommended pair"),
+        ("2.9.0", "2.9.0", "9.1.0", "torch_npu 2.9.0 with CANN 9.1.0 is allowed; the recommended pair is CANN 8.5"),
+        ("2.12.0", "2.12.0", "8.5.0", "torch_npu 2.12.0 with CANN 8.5.0 is allowed; the recommended pair is CANN 9.1"),
+        ("2.13.0", None, None, None),
+        ("2.13.0", None, "9.1.0", None),
     ],
 )
-def test_versions_that_go_together_need_no_advice(torch_version, torch_npu, cann):
-    assert env_check.versions_fit(torch_version, torch_npu, cann) == []
+def test_what_the_official_matrix_allows_needs_no_advice(torch_version, torch_npu, cann, said):
+    assert stacks.versions_fit(torch_version, torch_npu, cann) == []
+    assert stacks.pairing(torch_npu, cann) == said
+
+
+def test_each_paired_torch_npu_is_allowed_with_each_cann_of_the_table():
+    versions = [version for stack in stacks.STACKS for version in stack.paired]
+    assert len(set(versions)) == len(versions) == 8
+    for version in versions:
+        torch_version = ".".join(version.split(".")[:3])
+        for stack in stacks.STACKS:
+            assert stacks.versions_fit(torch_version, version, f"{stack.cann}.0") == []
 
 
 @pytest.mark.parametrize(
@@ -340,79 +454,247 @@ def test_versions_that_go_together_need_no_advice(torch_version, torch_npu, cann
             "2.13.0+cpu",
             "2.12.0",
             "9.1.0",
-            "torch_npu 2.12.0 needs torch 2.12.0, and this is torch 2.13.0+cpu: install torch 2.12.0 (",
-            "or the torch_npu of torch's version",
+            "torch_npu 2.12.0 needs torch 2.12.0, and this is torch 2.13.0+cpu: pip install torch==2.12.0 --index-url ",
+            "whl/cpu, or install the whole line",
         ),
-        ("2.9.1", "2.9.0", "8.5.0", "torch_npu 2.9.0 needs torch 2.9.0, and this is torch 2.9.1: install", "version"),
-        ("2.1.0", "2.10.0.post4", "9.1.0", "torch_npu 2.10.0.post4 needs torch 2.10.0, and this is torch 2.1.0: ", "version"),
+        ("2.9.1", "2.9.0", "8.5.0", "torch_npu 2.9.0 needs torch 2.9.0, and this is torch 2.9.1: ", "line"),
+        ("2.1.0", "2.10.0.post4", "9.1.0", "torch_npu 2.10.0.post4 needs torch 2.10.0, and this is torch 2.1.0: ", "line"),
+        ("2.9.0", "2.9.0", "8.0.RC1", "torch_npu 2.9.0 with CANN 8.0.RC1 is not in the official matrix; ", "pair is CANN 8.5"),
         (
-            "2.9.0",
-            "2.9.0",
-            "9.0.0",
-            "torch_npu 2.9.0 goes with CANN 8.5.0, and this is CANN 9.0.0: install CANN 8.5.0",
-            ", or a torch_npu recorded with CANN 9.0.0: 2.9.0.post2",
+            "2.13.1",
+            "2.13.0",
+            "9.1.0",
+            "torch_npu 2.13.0 with CANN 9.1.0 is not paired in the documents read; an older CANN may lack its symbols",
+            "(undefined symbol at import)",
         ),
-        ("2.9.0", "2.9.0", "8.0.RC1", "torch_npu 2.9.0 goes with CANN 8.5.0, and this is CANN 8.0.RC1: ", "install CANN 8.5.0"),
-        (
-            "2.9.0",
-            "2.9.0",
-            "8.5.1",
-            "torch_npu 2.9.0 with CANN 8.5.1 was not recorded, which does not make it wrong",
-            "(torch_npu 2.9.0 is recorded with CANN 8.5.0; torch_npu recorded with CANN 8.5.1: 2.9.0.post1)",
-        ),
-        ("2.13.0", "2.13.0", "9.2.0", "torch_npu 2.13.0 with CANN 9.2.0 was not recorded, which ", "does not make it wrong"),
-        (
-            "2.12.0",
-            "2.12.0",
-            None,
-            "CANN's version cannot be told: install CANN 9.1.0, which torch_npu 2.12.0 goes with",
-            "set_env.sh",
-        ),
-        ("2.13.0", "2.13.0", None, "CANN's version cannot be told: install CANN, then run: source ", "set_env.sh"),
+        ("2.9.0", "2.9.0.post4", "9.1.0", "torch_npu 2.9.0.post4 with CANN 9.1.0 is not paired in", "the documents read"),
+        ("2.12.0", "2.12.0", None, "CANN's version cannot be told: install CANN, then run: source ", "toolkit/set_env.sh)"),
     ],
 )
 def test_versions_that_do_not_go_together_name_what_to_change(torch_version, torch_npu, cann, starts, ends):
-    [line] = env_check.versions_fit(torch_version, torch_npu, cann)
+    [line] = stacks.versions_fit(torch_version, torch_npu, cann)
     assert line.startswith(starts)
     assert line.endswith(ends)
 
 
-def test_every_pair_that_does_not_fit_has_its_own_line():
-    assert len(env_check.versions_fit("2.13.0", "2.9.0", "9.1.0")) == 2
-
-
-def test_the_table_is_the_one_in_the_readme():
-    rows = dict(re.findall(r"^\| ([\d.post]+) \| [\d.]+ \| ([\d.]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
-    assert {version: cann for version, cann in rows.items() if version.startswith("2.")} == env_check.RECORDED_CANN
+def test_a_torch_of_another_minor_version_than_a_new_torch_npus_is_told():
+    lines = stacks.versions_fit("2.12.0", "2.13.0", "9.1.0")
+    assert lines[0].startswith("torch_npu 2.13.0 needs torch 2.13.*, and this is torch 2.12.0: pip install 'torch==2.13.*' --")
+    assert len(lines) == 2
 
 
 def test_requirements_that_are_not_met_name_the_command():
     ours = importlib.metadata.version("transformers")
-    lines = [
-        "# a comment",
-        "torch>=2.9",
-        "transformers>=99,<100",
-        "torch_npu>=99",
-        "not-there-at-all>=1",
-        'numpy>=99; sys_platform == "os2"',
-    ]
-    assert env_check.requirements_fit(lines) == [
-        f"transformers {ours} is not what requirements.txt asks for: pip install 'transformers<100,>=99'",
-        "not-there-at-all is not installed: pip install -r requirements.txt",
+    lines = ["# a comment", "", "torch>=2.9", "transformers>=99,<100", "not-there-at-all>=1"]
+    assert stacks.requirements_fit(lines) == [
+        f"transformers is {ours}: pip install 'transformers>=99,<100' (requirements.txt)",
+        "not-there-at-all is not installed: pip install 'not-there-at-all>=1' (requirements.txt)",
     ]
 
 
 def test_advice_is_in_the_log_and_in_the_json(check, npu, monkeypatch):
     monkeypatch.setattr(inference, "versions", lambda: {"torch_npu": "2.9.0", "transformers": "5.0", "numpy": "2.0"})
-    monkeypatch.setattr(torch, "__version__", "2.9.0")
+    monkeypatch.setattr(torch, "__version__", "2.8.0")
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
     monkeypatch.setenv("ASCEND_TOOLKIT_HOME", "/usr/local/Ascend/cann-9.1.0")
+    monkeypatch.setattr(env_check, "ENVIRONMENT", {"INF_NAN_MODE_FORCE_DISABLE": "1"})
     done = check()
-    advice = done.files["env_info.json"]["advice"]
-    assert advice[0].startswith(
-        "torch_npu 2.9.0 goes with CANN 8.5.0, and this is CANN 9.1.0: install CANN 8.5.0, or a torch_npu"
+    info = done.files["env_info.json"]
+    for beginning in (
+        "CANN was set up as",
+        "torch_npu 2.9.0 needs torch 2.9.0",
+        "INF_NAN_MODE_FORCE_DISABLE=1:",
+        "CANN's compiler",
+    ):
+        assert [line for line in info["advice"] if line.startswith(beginning)]
+    assert info["pairing"] == "torch_npu 2.9.0 with CANN 9.1.0 is allowed; the recommended pair is CANN 8.5"
+    assert info["silent_variables"] == {"INF_NAN_MODE_FORCE_DISABLE": "1"}
+    told = section(done.log, "What goes together")
+    assert f"Versions: {info['pairing']}\nLook at\n" + "\n".join(f"- {line}" for line in info["advice"]) in told
+    assert f"Install: {info['install']}" in told
+
+
+# --- what decides silently ---
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("INF_NAN_MODE_ENABLE", "INF_NAN_MODE_FORCE_DISABLE", "ACL_OP_INIT_MODE", "TASK_QUEUE_ENABLE", "CPU_AFFINITY_CONF"),
+        *("OMP_NUM_THREADS", "PYTORCH_NPU_ALLOC_CONF", "ASCEND_LAUNCH_BLOCKING", "TORCH_NPU_USE_COMPATIBLE_IMPL"),
+        "ASCEND_RT_VISIBLE_DEVICES",
+    ],
+)
+def test_what_decides_silently_is_shown_with_its_meaning(name, monkeypatch):
+    assert re.fullmatch(rf"{name}=2 \(.{{20,}}\)", env_check.shown_variables({name: "2"})[0])
+    monkeypatch.setattr(env_check, "ENVIRONMENT", {name: "2", "HOME": "/x"})
+    assert env_check.silent_variables() == {name: "2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "warned"),
+    [
+        ("INF_NAN_MODE_FORCE_DISABLE", "1", "an overflow saturates .* inference.py refuses float16: unset it"),
+        ("INF_NAN_MODE_FORCE_DISABLE", "0", None),
+        ("ASCEND_RT_VISIBLE_DEVICES", "0,1,10", None),
+        ("ASCEND_RT_VISIBLE_DEVICES", "", None),
+        ("ASCEND_RT_VISIBLE_DEVICES", "1,0", "ASCEND_RT_VISIBLE_DEVICES=1,0: it must be ascending"),
+        ("ASCEND_RT_VISIBLE_DEVICES", "0,0", "must be ascending"),
+        ("ASCEND_RT_VISIBLE_DEVICES", "npu0", "must be ascending"),
+    ],
+)
+def test_variables_that_spoil_a_result_are_warned_of(name, value, warned):
+    lines = env_check.variables_fit({name: value})
+    assert len(lines) == (warned is not None)
+    assert warned is None or re.search(warned, lines[0])
+
+
+# --- what to install ---
+
+CANN_PACKAGES = [
+    *("decorator", "sympy", "cffi", "protobuf", "attrs", "cython", "pyyaml", "pathlib2", "scipy", "requests", "psutil"),
+    "absl-py",
+]
+CPU_BUILD = "--index-url https://download.pytorch.org/whl/cpu"
+
+
+def cann(number: str) -> stacks.Cann:
+    return stacks.Cann(number, number)
+
+
+@pytest.mark.parametrize(
+    ("found", "torch_npu"), [("8.5.1", "2.9.0"), ("9.0.0", "2.9.0.post2"), ("9.1.0", "2.10.0.post4"), ("9.2.0", "2.10.0.post4")]
+)
+def test_a_bare_host_is_told_the_whole_line_for_its_cann(found, torch_npu):
+    line = stacks.install_advice(None, None, cann(found)).splitlines()[0].split(": ", 1)[1]
+    first, second = line.split(" && ")
+    assert first == f"pip install torch=={'.'.join(torch_npu.split('.')[:3])} {CPU_BUILD}"
+    words = shlex.split(second)
+    assert words[:3] == ["pip", "install", f"torch_npu=={torch_npu}"]
+    assert words[3] == ("numpy>=1.26,<2" if found == "8.5.1" else "numpy>=1.26,<3")
+    assert [re.split("[=>]", word)[0] for word in words[4:-2]] == CANN_PACKAGES
+    assert words[-2:] == ["-r", "requirements.txt"]
+    assert "PyPI's is a CUDA build" in stacks.install_advice(None, None, cann(found))
+
+
+def test_the_python_that_a_torch_npu_has_no_wheel_for_is_told(monkeypatch):
+    monkeypatch.setattr(platform, "python_version", lambda: "3.13.1")
+    assert "this is Python 3.13; torch_npu 2.9.0 wants Python 3.10 or 3.11 or 3.12" in stacks.install_advice(
+        None, None, cann("8.5.0")
     )
-    assert "Versions: look at\n" + "\n".join(f"- {line}" for line in advice) in section(done.log, "What goes together")
+    assert "this is Python" not in stacks.install_advice(None, None, cann("9.0.0"))
+
+
+@pytest.mark.parametrize(
+    ("torch_npu", "found", "works"), [("2.9.0.post1+gitee7ba04", "8.5.1", False), ("2.9.0.post4", None, True)]
+)
+def test_an_ascend_image_keeps_what_it_has(torch_npu, found, works):
+    told = stacks.install_advice("2.9.0+cpu", torch_npu, stacks.Cann(found, found), works)
+    packages = "pip install -r requirements.txt" + (" 'numpy>=1.26,<2'" if found else "")
+    assert told.startswith(f"keep torch 2.9.0+cpu and torch_npu {torch_npu}: {packages}, with this machine's own Python")
+    assert told.endswith(f"python -m venv --system-site-packages .venv && .venv/bin/{packages}")
+
+
+def test_a_torch_npu_that_goes_with_nothing_here_is_replaced_by_the_recommended_pair():
+    assert "torch_npu==2.9.0 " in stacks.install_advice("2.13.0", "2.13.0", cann("8.5.0"))
+    assert "torch_npu==2.9.0 " in stacks.install_advice("2.13.0", "2.9.0", cann("8.5.0"))
+
+
+def test_without_a_usable_cann_it_is_told_what_to_do_first():
+    assert stacks.install_advice("2.13.0", None, stacks.Cann(None, None)).startswith(
+        "without an NPU: pip install -r requirements.txt; with one: install its driver and CANN, run: source /usr/local/Ascend/cann/"
+    )
+    assert stacks.install_advice(None, None, cann("8.0.RC1")) == (
+        "CANN 8.0.RC1 is older than torch_npu 2.9 allows: install CANN 8.5 or 9.0 or 9.1"
+    )
+    unknown = stacks.install_advice(None, None, stacks.Cann("/opt/cann", None))
+    assert re.findall(r"for CANN ([\d.]+): pip install", unknown) == ["8.5", "9.0", "9.1"]
+
+
+def test_packages_that_canns_compiler_lacks_are_told(monkeypatch):
+    versions = {"numpy": "2.4.6", "decorator": "4.3", "protobuf": "3.20.3"}
+    monkeypatch.setattr(stacks, "installed", lambda name: None if name == "psutil" else versions.get(name, "1"))
+    told = "CANN's compiler may not start (error code 500001): "
+    assert stacks.cann_packages_fit("8.5.1") == [
+        f"{told}numpy is 2.4.6, decorator is 4.3, psutil is not installed: pip install 'numpy>=1.26,<2' 'decorator>=4.4' psutil"
+    ]
+    assert stacks.cann_packages_fit("9.0.0") == [
+        f"{told}decorator is 4.3, psutil is not installed: pip install 'decorator>=4.4' psutil"
+    ]
+    versions.update(numpy="1.26.4", decorator="5.0", psutil="1")
+    monkeypatch.setattr(stacks, "installed", lambda name: versions.get(name, "1"))
+    assert stacks.cann_packages_fit("8.5.1") == []
+
+
+def test_requirements_leave_alone_what_an_ascend_image_has():
+    from packaging.requirements import Requirement
+
+    image = {"torch": "2.9.0+cpu", "transformers": "4.57.6", "numpy": "1.26.4", "pillow": "10.4.0"}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    wanted = {Requirement(line).name: Requirement(line) for line in lines if not line.startswith("#")}
+    assert "torch_npu" not in wanted
+    assert "torch-npu" not in wanted
+    for name, version in image.items():
+        assert wanted[name].specifier.contains(version)
+
+
+# --- the record of what pip resolves ---
+
+
+def test_the_recorded_resolution_is_of_these_stacks_and_requirements():
+    recorded = json.loads(stacks.RESOLUTION.read_text())
+    assert recorded["requirements"] == (ROOT / "requirements.txt").read_text().splitlines(), "run: python eval/stacks.py"
+    expected = json.loads(json.dumps([stack._asdict() | {"install": stacks.install_line(stack)} for stack in stacks.STACKS]))
+    assert recorded["stacks"] == expected, "run: python eval/stacks.py"
+    assert [(found["cann"], found["python"]) for found in recorded["resolved"]] == [
+        (stack.cann, python) for stack in stacks.STACKS for python in stack.python
+    ]
+
+
+def test_each_recorded_resolution_is_what_the_stack_says_and_pulls_no_cuda():
+    by_cann = {stack.cann: stack for stack in stacks.STACKS}
+    for found in json.loads(stacks.RESOLUTION.read_text())["resolved"]:
+        stack, versions = by_cann[found["cann"]], found["versions"]
+        assert found["resolves"] is True
+        assert (versions["torch"], versions["torch-npu"]) == (stack.torch, stack.torch_npu)
+        assert (versions["numpy"] < "2") == stack.numpy.endswith("<2")
+        assert found["nvidia_packages"] == [name for name in versions if name.startswith(("nvidia", "triton"))] == []
+        assert set(CANN_PACKAGES) <= set(versions)
+
+
+def test_rows_for_the_readme_have_the_columns_as_text():
+    rows = stacks.stack_rows()
+    assert [list(row) for row in rows] == [["cann", "torch", "torch_npu", "numpy", "python", "paired", "install"]] * len(
+        stacks.STACKS
+    )
+    assert rows[0]["python"] == "3.10, 3.11, 3.12"
+    assert rows[0]["install"] == stacks.install_line(stacks.STACKS[0])
+
+
+@pytest.mark.parametrize("resolves", [True, False])
+def test_resolving_asks_pip_for_the_target_and_keeps_its_report(monkeypatch, resolves):
+    """pip is played: the markers' environment is the target's, and what the report says becomes versions."""
+
+    def pip(command: list[str], **_: object) -> SimpleNamespace:
+        target = command[command.index("--python-version") + 1]
+        assert (command[3], target) == ("3.10", "3.10")
+        assert {"torch==2.9.0", "torch_npu==2.9.0", "numpy>=1.26,<2", "manylinux_2_28_aarch64"} <= set(command)
+        names = [{"metadata": {"name": name, "version": "1"}} for name in ("Torch_NPU", "nvidia-cublas", "triton")]
+        if resolves:
+            Path(command[command.index("--report") + 1]).write_text(json.dumps({"install": names}))
+        return SimpleNamespace(returncode=1 - resolves, stderr="noise\nERROR: first\nERROR: no such version\n")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    outcome = stacks.resolve(stacks.STACKS[0], "3.10")
+    common = {"cann": "8.5", "python": "3.10", "architecture": "aarch64", "resolves": resolves}
+    if resolves:
+        names = {"nvidia-cublas": "1", "torch-npu": "1", "triton": "1"}
+        assert outcome == common | {"nvidia_packages": ["nvidia-cublas", "triton"], "versions": names}
+    else:
+        assert outcome == common | {"error": "ERROR: no such version"}
+
+
+# --- where CANN is ---
 
 
 @pytest.mark.parametrize(
@@ -432,7 +714,7 @@ def test_advice_is_in_the_log_and_in_the_json(check, npu, monkeypatch):
 def test_canns_version_is_read_from_its_files(tmp_path, name, content, version):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content, newline="")
-    assert env_check.find_cann({"ASCEND_TOOLKIT_HOME": str(tmp_path)}) == (version, version)
+    assert stacks.find_cann({"ASCEND_TOOLKIT_HOME": str(tmp_path)}) == (version, version, None)
 
 
 @pytest.mark.parametrize(
@@ -444,14 +726,34 @@ def test_canns_version_is_read_from_its_files(tmp_path, name, content, version):
         ({"ASCEND_TOOLKIT_HOME": "/opt/ascend/latest"}, ("/opt/ascend/latest", None)),
     ],
 )
-def test_canns_folder_is_reported_where_no_file_tells_a_version(environment, found):
-    assert env_check.find_cann(environment) == found
+def test_canns_folder_is_reported_where_no_file_tells_a_version(environment, found, monkeypatch, tmp_path):
+    monkeypatch.setattr(stacks, "ASCEND", tmp_path)
+    assert stacks.find_cann(environment)[:2] == found
+
+
+def test_a_cann_that_was_set_up_and_is_gone_is_told():
+    assert stacks.find_cann({"ASCEND_HOME_PATH": "/none/cann-8.5.1"}) == (
+        "/none/cann-8.5.1",
+        "8.5.1",
+        "CANN was set up as /none/cann-8.5.1, which is no folder: install it",
+    )
+
+
+@pytest.mark.parametrize("folder", ["cann", "ascend-toolkit", "cann-9.0.0"])
+def test_a_cann_that_is_installed_and_not_set_up_is_told_with_its_script(monkeypatch, tmp_path, folder):
+    monkeypatch.setattr(stacks, "ASCEND", tmp_path)
+    home = tmp_path / folder / ("latest" if folder == "ascend-toolkit" else "")
+    home.mkdir(parents=True)
+    (tmp_path / folder / "set_env.sh").write_text("")
+    (home / "ascend_toolkit_install.info").write_text("version=9.0.0\n")
+    note = f"CANN is installed and not set up: run: source {tmp_path}/{folder}/set_env.sh"
+    assert stacks.find_cann({}) == ("9.0.0", "9.0.0", note)
 
 
 def test_canns_folder_may_be_a_link_to_a_version(tmp_path):
     (tmp_path / "cann-9.0.0").mkdir()
     (tmp_path / "latest").symlink_to("cann-9.0.0")
-    assert env_check.find_cann({"ASCEND_TOOLKIT_HOME": f"{tmp_path}/latest"}) == (f"{tmp_path}/latest", "9.0.0")
+    assert stacks.find_cann({"ASCEND_TOOLKIT_HOME": f"{tmp_path}/latest"}) == (f"{tmp_path}/latest", "9.0.0", None)
 
 
 # --- the lock ---
@@ -473,7 +775,7 @@ def test_a_file_that_is_not_in_the_table_is_added_at_its_end():
     updated = env_check.update_locks(TABLE, {"new.safetensors": (7, DIGEST)})
     assert updated == TABLE.replace("\r\n\r\nThe end", f"\r\n| `new.safetensors` | 7 | `{DIGEST}` |\r\n\r\nThe end")
     assert env_check.update_locks("| file | bytes | sha256 |\n|---|---|---|", {"a": (1, DIGEST)}) == (
-        f"| file | bytes | sha256 |\n|---|---|---|\n| `a` | 1 | `{DIGEST}` |\n"
+        f"| file | bytes | sha256 |\n|---|---|---|\n| `a` | 1 | `{DIGEST}` |"
     )
 
 
