@@ -349,7 +349,7 @@ def test_a_hanging_npu_smi_is_given_up_with_all_that_it_started(check, no_torch_
 
 def test_ctrl_c_stops_what_was_started(no_torch_npu, program, monkeypatch, tmp_path):
     """The signal comes while npu-smi hangs, which is in a session of its own."""
-    program("npu-smi", f"(sleep 1; touch {tmp_path}/still_there) & kill -INT {os.getpid()}; sleep 60")
+    program("npu-smi", f"(sleep 1.5; touch {tmp_path}/still_there) & sleep 0.5; kill -INT {os.getpid()}; sleep 60")
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -723,6 +723,7 @@ def test_canns_version_is_read_from_its_files(tmp_path, name, content, version):
         ({}, (None, None)),
         ({"ASCEND_TOOLKIT_HOME": PUBLISHED["cann_version"]}, (PUBLISHED["cann_version"], "8.5.1")),
         ({"ASCEND_HOME_PATH": "/opt/python3.11.14/ascend/8.0.RC1"}, ("/opt/python3.11.14/ascend/8.0.RC1", "8.0.RC1")),
+        ({"ASCEND_HOME_PATH": "/opt/ascend-25.5.2/cann-8.5.1"}, ("/opt/ascend-25.5.2/cann-8.5.1", "8.5.1")),
         ({"ASCEND_TOOLKIT_HOME": "/opt/ascend/latest"}, ("/opt/ascend/latest", None)),
     ],
 )
@@ -745,7 +746,7 @@ def test_a_cann_that_is_installed_and_not_set_up_is_told_with_its_script(monkeyp
     home = tmp_path / folder / ("latest" if folder == "ascend-toolkit" else "")
     home.mkdir(parents=True)
     (tmp_path / folder / "set_env.sh").write_text("")
-    (home / "ascend_toolkit_install.info").write_text("version=9.0.0\n")
+    (home / "version.cfg").write_text("runtime_running_version=[8.0.0.1:9.0.0]\n")
     note = f"CANN is installed and not set up: run: source {tmp_path}/{folder}/set_env.sh"
     assert stacks.find_cann({}) == ("9.0.0", "9.0.0", note)
 
