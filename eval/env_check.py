@@ -6,7 +6,8 @@
 Prints the environment and writes results/env_info.json and logs/env_check.log. A machine whose NPU is BLOCKED keeps a record
 of one that works, or that is BLOCKED for the same reason: it writes results/trial/ and logs/trial/, or with --publish results/
 and logs/ (env_info_cpu.json and env_check_cpu.log beside an NPU's). User names, host names and what looks like a secret are
-left out. --lock_weights first loads the weights, and records sizes and SHA-256 of their files in locked_models.md.
+left out. --lock_weights first loads the weights, and records sizes and SHA-256 of their files in locked_models.md; it refuses
+what is none of the Web-SSL MAE encoders, or looks untrained.
 
 Exit codes: 0 done, also where no NPU can be used; 2 wrong usage, a package that is missing, unusable weights or a file that
 cannot be written; 70 an error nobody foresaw; 130 stopped by Ctrl-C.
@@ -14,6 +15,7 @@ cannot be written; 70 an error nobody foresaw; 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -41,7 +43,7 @@ from stacks import cann_packages_fit, find_cann, install_advice, installed, pair
 try:
     import inference  # first of all: it sets what must precede torch
     from inference import Blocked, UsageError, torch
-except (ImportError, OSError) as error:  # OSError: a library that torch needs
+except ImportError as error:
     MISSING = str(error)
 except KeyboardInterrupt:
     print("stopped; run it again", file=sys.stderr)
@@ -49,6 +51,7 @@ except KeyboardInterrupt:
 
 REPOSITORY = "webssl-mae300m-npu"
 LOCKS = ROOT / "locked_models.md"
+LOCK_HEADING = "| model | file | bytes | sha256 |"
 TOOL_TIMEOUT_S = 20.0
 
 # What changes numbers or speed without a word, and how.
@@ -102,7 +105,7 @@ def _meaning(name: str) -> str | None:
 
 
 def shown_variables(environment: Mapping[str, str]) -> list[str]:
-    """NAME=value of the variables that rule CANN, torch_npu and the downloads, secrets masked; what decides silently is explained."""
+    """NAME=value of what rules CANN, torch_npu and the downloads, secrets masked; what decides silently is explained."""
     lines = []
     for name in sorted(environment):
         meaning = _meaning(name)
@@ -224,8 +227,8 @@ def variables_fit(environment: Mapping[str, str]) -> list[str]:
     advice, visible = [], environment.get("ASCEND_RT_VISIBLE_DEVICES", "")
     if environment.get("INF_NAN_MODE_FORCE_DISABLE") == "1":
         advice.append(
-            "INF_NAN_MODE_FORCE_DISABLE=1: an overflow saturates instead of giving Inf, so a check for finite numbers passes on "
-            "garbage, and inference.py refuses float16: unset it"
+            "INF_NAN_MODE_FORCE_DISABLE=1: an overflow saturates instead of giving Inf, so a check for finite numbers passes "
+            "on garbage, and inference.py refuses float16: unset it"
         )
     numbers = [int(number) for number in re.findall(r"\d+", visible)]
     if visible and (numbers != sorted(set(numbers)) or not re.fullmatch(r"\d+( *, *\d+)*", visible.strip())):
@@ -317,44 +320,44 @@ def lock_weights(given: str) -> list[str]:
     path = Path(given).expanduser()
     path = path if path.exists() else ROOT / given
     if not (path.suffix == ".pth" and path.is_file()) and not any(path.glob("*.safetensors")):
-        raise UsageError(
-            f"--lock_weights {given}: no weights there; name a folder in transformers' layout with *.safetensors, or a .pth file"
-        )
+        wanted = "name a folder in transformers' layout with *.safetensors, or a .pth file"
+        raise UsageError(f"--lock_weights {given}: no weights there; {wanted}")
     # Loaded first: what the loader refuses, such as a truncated file, must not become the record.
-    weights = inference.load_model(inference.open_device("cpu"), str(path)).weights
+    inference.log.setLevel("ERROR")  # what differs from the record is an error here, told below
+    model = inference.load_model(inference.open_device("cpu"), str(path), allow_unlocked=True, levers=())
+    if model.name not in {card.hub_id for card in inference.CARDS}:
+        raise UsageError(f"--lock_weights {given}: this is {model.name}, no Web-SSL MAE encoder; nothing was recorded")
+    if model.weights.note:
+        raise UsageError(f"--lock_weights {given}: the checkpoint {model.weights.note}; nothing was recorded")
     folder = path if path.is_dir() else path.parent
-    described = [
-        folder / name for name in ("config.json", "preprocessor_config.json") if path.is_dir() and (folder / name).is_file()
-    ]
-    hashes = inference.sha256_in_background(described) | weights.files
     try:
-        found = {name: ((folder / name).stat().st_size, future.result()) for name, future in hashes.items()}
+        found = {name: ((folder / name).stat().st_size, future.result()) for name, future in model.weights.files.items()}
         text = LOCKS.read_bytes().decode("utf-8")
     except (OSError, ValueError) as error:
         raise UsageError(f"--lock_weights {given}: {error}; nothing was recorded") from error
-    updated = update_locks(text, found)
+    updated = update_locks(text, model.name, found)
     if updated != text:
         with inference.replacing(LOCKS) as file:
             file.write(updated.encode("utf-8"))
-    return [f"Locked: {name}, {size} bytes, sha256 {digest}" for name, (size, digest) in found.items()]
+    return [f"Locked: {model.name}, {name}, {size} bytes, sha256 {digest}" for name, (size, digest) in found.items()]
 
 
-def update_locks(text: str, files: Mapping[str, tuple[int, str]]) -> str:
-    """The text of locked_models.md with sizes and hashes of `files` in its table; nothing else changes.
+def update_locks(text: str, model: str, files: Mapping[str, tuple[int, str]]) -> str:
+    """The text of locked_models.md with sizes and hashes of a model's `files` in its table; nothing else changes.
 
     Raises UsageError where another hash is recorded for one of them: a lock is not replaced by the way.
     """
-    table = re.search(r"^\| *file *\| *bytes *\| *sha256 *\|[^\n]*(?:\n\|[^\n]*)*", text, re.MULTILINE)
+    table = re.search(rf"^{re.escape(LOCK_HEADING)}[^\n]*(?:\n\|[^\n]*)*", text, re.MULTILINE)
     if table is None:
-        raise UsageError("locked_models.md has no table '| file | bytes | sha256 |'; fetch the file again")
+        raise UsageError(f"locked_models.md has no table '{LOCK_HEADING}'; fetch the file again")
     rows = table[0].split("\n")  # a row keeps its \r
     for name, (size, digest) in files.items():
-        new = f"| `{name}` | {size} | `{digest}` |"
+        new = f"| `{model}` | `{name}` | {size} | `{digest}` |"
         for number, row in enumerate(rows):
-            old = re.match(rf"\| *`{re.escape(name)}` *\|[^|]*\| *`?([^|`]*?)`? *\|", row)
+            old = re.match(rf"\| *`{re.escape(model)}` *\| *`{re.escape(name)}` *\|[^|]*\| *`?([^|`]*?)`? *\|", row)
             if old and re.fullmatch(r"[0-9a-f]{64}", old[1]) and old[1] != digest:
                 raise UsageError(
-                    f"{name}: locked_models.md records another sha256 ({old[1][:12]}...), nothing was recorded. "
+                    f"{name}: locked_models.md records another sha256 for {model} ({old[1][:12]}...), nothing was recorded. "
                     "To lock these weights in its place, set its row to 'not recorded' first"
                 )
             if old:
@@ -393,11 +396,19 @@ def check(args: argparse.Namespace, locked: Sequence[str]) -> None:
     print(f"Saved to {inference.relative_to_root(path)} and {inference.relative_to_root(log_path)}")
 
 
+def _require_torch() -> None:
+    try:
+        importlib.import_module("torch")
+    except OSError as error:  # a library that torch needs
+        raise ImportError(error) from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         if MISSING:
             raise ImportError(MISSING)
         args = make_parser().parse_args(argv)
+        _require_torch()
         check(args, lock_weights(args.lock_weights) if args.lock_weights else [])
         return 0
     except KeyboardInterrupt:

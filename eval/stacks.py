@@ -76,7 +76,7 @@ def installed(name: str) -> str | None:
 
 
 class Cann(NamedTuple):
-    """`reported`: CANN's version, or else its folder; `number`: the version alone; `note`: what to do so that it can be used."""
+    """`reported`: CANN's version, or else its folder; `number`: the version alone; `note`: what to do before it can be used."""
 
     reported: str | None
     number: str | None
@@ -220,8 +220,8 @@ def install_advice(torch_version: str | None, torch_npu: str | None, cann: Cann,
     if torch_npu and torch_version and (works or not versions_fit(torch_version, torch_npu, cann.number)):
         packages = f"pip install -r requirements.txt{f' {shlex.quote(stack.numpy)}' if stack else ''}"
         return (
-            f"keep torch {torch_version} and torch_npu {torch_npu}: {packages}, with this machine's own Python, or with one that "
-            f"sees its packages: python -m venv --system-site-packages .venv && .venv/bin/{packages}"
+            f"keep torch {torch_version} and torch_npu {torch_npu}: {packages}, with this machine's own Python, or with one "
+            f"that sees its packages: python -m venv --system-site-packages .venv && .venv/bin/{packages}"
         )
     if cann.reported is None:
         return (

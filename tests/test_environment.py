@@ -19,12 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+import torch
+
 import env_check
 import inference
-import pytest
 import stacks
-import torch
-from conftest import ROOT, SAMPLES, run_script
+from conftest import ROOT, SAMPLES, TINY, run_script, save_checkpoint
 
 PUBLISHED = json.loads((ROOT / "results" / "published" / "env_info.json").read_text())
 PHOTO = SAMPLES / "chelsea.jpg"
@@ -98,7 +99,8 @@ def section(log: str, heading: str) -> str:
 def test_the_published_keys_come_first_then_the_machine(check, no_torch_npu):
     info = check().files["env_info.json"]
     assert list(info)[:10] == list(PUBLISHED)
-    more = "npu_status npu_blocked_reason cpu cpu_cores memory_gb gpu pairing advice install silent_variables time_utc command git_commit git_dirty"
+    more = "npu_status npu_blocked_reason cpu cpu_cores memory_gb gpu pairing advice install silent_variables time_utc command"
+    more += " git_commit git_dirty"
     assert set(info) == {*PUBLISHED, *more.split()}
     assert info["python_version"] == ".".join(map(str, sys.version_info[:3]))
     assert info["torch_version"] == torch.__version__
@@ -112,7 +114,7 @@ def test_without_torch_npu_the_npu_is_blocked_with_the_reason(check, no_torch_np
     info = done.files["env_info.json"]
     assert done.code == 0
     assert info["npu_status"] == "blocked"
-    assert info["npu_blocked_reason"].startswith("torch_npu is not installed. Install ")
+    assert info["npu_blocked_reason"].startswith("torch_npu is not installed. Run ")
     assert (info["npu_model"], info["npu_count"], info["torch_npu_version"]) == (None, None, None)
     assert section(done.log, "torch_npu") == "not installed"
     assert f"NPU: BLOCKED: {info['npu_blocked_reason']}" in section(done.log, "What goes together")
@@ -602,7 +604,7 @@ def test_a_torch_npu_that_goes_with_nothing_here_is_replaced_by_the_recommended_
 
 def test_without_a_usable_cann_it_is_told_what_to_do_first():
     assert stacks.install_advice("2.13.0", None, stacks.Cann(None, None)).startswith(
-        "without an NPU: pip install -r requirements.txt; with one: install its driver and CANN, run: source /usr/local/Ascend/cann/"
+        "without an NPU: pip install -r requirements.txt; with one: install its driver and CANN, run: source /usr/local/Ascend/"
     )
     assert stacks.install_advice(None, None, cann("8.0.RC1")) == (
         "CANN 8.0.RC1 is older than torch_npu 2.9 allows: install CANN 8.5 or 9.0 or 9.1"
@@ -759,76 +761,82 @@ def test_canns_folder_may_be_a_link_to_a_version(tmp_path):
 
 # --- the lock ---
 
+MODEL = inference.HUB_ID
+NOT_RECORDED = "| not recorded | not recorded |"
 TABLE = (
-    "Prose with `model.safetensors`.\r\n\r\n| a | `model.safetensors` | x |\r\n\r\n| file | bytes | sha256 |\r\n|---|---|---|\r\n"
-    "| `model.safetensors` | not recorded | not recorded |\r\n| `other.pth` | not recorded | not recorded |\r\n\r\nThe end.\u2028"
+    "Prose with `model.safetensors`.\r\n\r\n| a | `model.safetensors` | x |\r\n\r\n"
+    f"{env_check.LOCK_HEADING}\r\n|---|---|---|---|\r\n| `{MODEL}` | `model.safetensors` {NOT_RECORDED}\r\n"
+    f"| `facebook/other` | `model.safetensors` {NOT_RECORDED}\r\n\r\nThe end.\u2028"
 )
 
 
 def test_locking_changes_the_rows_of_its_files_and_nothing_else():
-    updated = env_check.update_locks(TABLE, {"model.safetensors": (5, DIGEST)})
-    assert updated == TABLE.replace(
-        "| `model.safetensors` | not recorded | not recorded |", f"| `model.safetensors` | 5 | `{DIGEST}` |"
-    )
+    updated = env_check.update_locks(TABLE, MODEL, {"model.safetensors": (5, DIGEST)})
+    row = f"| `{MODEL}` | `model.safetensors` "
+    assert updated == TABLE.replace(f"{row}{NOT_RECORDED}", f"{row}| 5 | `{DIGEST}` |")
 
 
 def test_a_file_that_is_not_in_the_table_is_added_at_its_end():
-    updated = env_check.update_locks(TABLE, {"new.safetensors": (7, DIGEST)})
-    assert updated == TABLE.replace("\r\n\r\nThe end", f"\r\n| `new.safetensors` | 7 | `{DIGEST}` |\r\n\r\nThe end")
-    assert env_check.update_locks("| file | bytes | sha256 |\n|---|---|---|", {"a": (1, DIGEST)}) == (
-        f"| file | bytes | sha256 |\n|---|---|---|\n| `a` | 1 | `{DIGEST}` |"
-    )
+    updated = env_check.update_locks(TABLE, MODEL, {"new.safetensors": (7, DIGEST)})
+    assert updated == TABLE.replace("\r\n\r\nThe end", f"\r\n| `{MODEL}` | `new.safetensors` | 7 | `{DIGEST}` |\r\n\r\nThe end")
+    bare = f"{env_check.LOCK_HEADING}\n|---|---|---|---|"
+    assert env_check.update_locks(bare, MODEL, {"a": (1, DIGEST)}) == f"{bare}\n| `{MODEL}` | `a` | 1 | `{DIGEST}` |"
 
 
 def test_locking_twice_is_locking_once():
     files = {"model.safetensors": (5, DIGEST), "new.safetensors": (7, OTHER)}
-    once = env_check.update_locks(TABLE, files)
-    assert env_check.update_locks(once, files) == once
+    once = env_check.update_locks(TABLE, MODEL, files)
+    assert env_check.update_locks(once, MODEL, files) == once
 
 
-def test_a_recorded_hash_is_not_replaced():
-    locked = env_check.update_locks(TABLE, {"model.safetensors": (5, DIGEST)})
-    with pytest.raises(
-        inference.UsageError, match=r"^model\.safetensors: locked_models\.md records another sha256 \(aaaaaaaaaaaa"
-    ):
-        env_check.update_locks(locked, {"model.safetensors": (5, OTHER)})
+def test_a_recorded_hash_is_not_replaced_and_another_models_does_not_matter():
+    locked = env_check.update_locks(TABLE, MODEL, {"model.safetensors": (5, DIGEST)})
+    message = rf"^model\.safetensors: locked_models\.md records another sha256 for {MODEL} \(aaaaaaaaaaaa"
+    with pytest.raises(inference.UsageError, match=message):
+        env_check.update_locks(locked, MODEL, {"model.safetensors": (5, OTHER)})
+    both = env_check.update_locks(locked, "facebook/other", {"model.safetensors": (5, OTHER)})
+    assert (both.count(DIGEST), both.count(OTHER)) == (1, 1)
 
 
 def test_a_table_that_is_gone_is_told():
     with pytest.raises(inference.UsageError, match="has no table"):
-        env_check.update_locks("nothing", {"a": (1, DIGEST)})
+        env_check.update_locks("nothing", MODEL, {"a": (1, DIGEST)})
 
 
 def test_the_table_of_the_bundle_locks_only_what_is_recorded():
     text = (ROOT / "locked_models.md").read_text(encoding="utf-8")
     recorded = inference.read_locks(ROOT / "locked_models.md")
     names = ["config.json", "preprocessor_config.json", "model.safetensors", "webssl_mae300m_full2b_224.pth"]
-    open_rows = [name for name in names if f"| `{name}` | not recorded | not recorded |" in text]
-    assert set(recorded) | set(open_rows) == set(names)
-    assert set(recorded) & set(open_rows) == set()
-    for fact in (
-        inference.HUB_ID,
-        inference.HUB_COMMIT,
-        "CC BY-NC 4.0",
-        "304,351,232",
-        "303,301,632",
-        "ViTModel",
-        "--allow_unlocked",
-    ):
-        assert fact in text
+    for name in names:
+        is_open = f"| `{MODEL}` | `{name}` {NOT_RECORDED}" in text
+        assert is_open != ((MODEL, name) in recorded), name
+    assert {model for model, _ in recorded} <= {card.hub_id for card in inference.CARDS}
+    for card in inference.CARDS[:3]:
+        assert f"| `{card.hub_id}` | `model.safetensors` |" in text
+    facts = ("CC BY-NC 4.0", "304,351,232", "303,301,632", "ViTModel", "--allow_unlocked")
+    for fact in (*inference.HUB_COMMITS.items(), *facts):
+        assert all(part in text for part in ([fact] if isinstance(fact, str) else fact))
 
 
-def test_locked_weights_are_taken_and_changed_ones_refused(check, run, no_torch_npu, locks, tiny_folder, tmp_path):
+@pytest.fixture
+def as_the_cards(monkeypatch) -> None:
+    """Tiny checkpoints count as the model of the card."""
+    monkeypatch.setattr(inference, "identify", lambda _config: MODEL)
+
+
+def test_locked_weights_are_taken_and_changed_ones_refused(
+    check, run, no_torch_npu, locks, as_the_cards, tiny_folder, tmp_path
+):
     folder = tmp_path / "weights"
     shutil.copytree(tiny_folder, folder)
     done = check("--lock_weights", folder)
     assert (done.code, done.err) == (0, "")
     recorded = inference.read_locks()
     names = ("config.json", "preprocessor_config.json", "model.safetensors")
-    assert recorded == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-    size = (folder / "model.safetensors").stat().st_size
-    assert f"| `model.safetensors` | {size} | `{recorded['model.safetensors']}` |\n" in locks.read_text()
-    assert f"Locked: model.safetensors, {size} bytes, sha256 {recorded['model.safetensors']}" in done.log
+    assert recorded == {(MODEL, name): hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    size, digest = (folder / "model.safetensors").stat().st_size, recorded[MODEL, "model.safetensors"]
+    assert f"| `{MODEL}` | `model.safetensors` | {size} | `{digest}` |\n" in locks.read_text()
+    assert f"Locked: {MODEL}, model.safetensors, {size} bytes, sha256 {digest}" in done.log
 
     common = ("--image_path", PHOTO, "--model_path", folder, "--device", "cpu")
     assert run(*common).code == 0
@@ -841,9 +849,26 @@ def test_locked_weights_are_taken_and_changed_ones_refused(check, run, no_torch_
     before = locks.read_bytes()
     again = check("--lock_weights", folder)
     assert again.code == 2
-    assert again.err.startswith("error: model.safetensors: locked_models.md records another sha256 (")
+    assert again.err.startswith("error: model.safetensors: locked_models.md records another sha256 for ")
     assert len(again.err.splitlines()) == 1
     assert locks.read_bytes() == before
+
+
+def test_another_model_is_not_locked(check, no_torch_npu, locks, tiny_folder):
+    before = locks.read_bytes()
+    done = check("--lock_weights", tiny_folder)
+    assert (done.code, done.files, locks.read_bytes()) == (2, {}, before)
+    assert "this is another model (128 wide, 3 layers, 2 heads, patches of 16), no Web-SSL MAE encoder" in done.err
+
+
+def test_weights_that_look_untrained_are_not_locked(check, no_torch_npu, locks, as_the_cards, tmp_path):
+    import transformers
+
+    save_checkpoint(tmp_path / "fresh", transformers.ViTModel(transformers.ViTConfig(**TINY)))
+    before = locks.read_bytes()
+    done = check("--lock_weights", tmp_path / "fresh")
+    assert (done.code, done.files, locks.read_bytes()) == (2, {}, before)
+    assert "the checkpoint looks untrained; nothing was recorded" in done.err
 
 
 def change_last_byte(path: Path) -> None:
@@ -852,12 +877,12 @@ def change_last_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_metas_native_file_is_locked_alone(check, no_torch_npu, locks, tiny_native):
+def test_metas_native_file_is_locked_alone(check, no_torch_npu, locks, as_the_cards, tiny_native):
     before = locks.read_text()
     assert check("--lock_weights", tiny_native).code == 0
     digest = hashlib.sha256(tiny_native.read_bytes()).hexdigest()
-    assert inference.read_locks() == {"tiny.pth": digest}
-    row = f"| `tiny.pth` | {tiny_native.stat().st_size} | `{digest}` |\n"
+    assert inference.read_locks() == {(MODEL, tiny_native.name): digest}
+    row = f"| `{MODEL}` | `{tiny_native.name}` | {tiny_native.stat().st_size} | `{digest}` |\n"
     assert locks.read_text().replace(row, "") == before
 
 
