@@ -181,15 +181,9 @@ class SimulatedTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, index: int) -> SimulatedTensor:
-        tensor = torch.Tensor._make_wrapper_subclass(
-            cls,
-            inner.size(),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            device=torch.device("npu", index),
-        )
+    def __new__(cls, inner: torch.Tensor, index: int):
+        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
+        tensor = torch.Tensor._make_wrapper_subclass(cls, inner.size(), device=torch.device("npu", index), **layout)
         tensor.inner = inner
         tensor.storage_on_device = memory.hold(tensor)
         return tensor
@@ -303,8 +297,8 @@ def current_stream(device: Any = None) -> Stream:
 class StreamContext:
     """torch.npu.stream(...)"""
 
-    def __init__(self, stream: Stream | None) -> None:
-        self._stream = stream or current_stream()
+    def __init__(self, stream_ctx: Stream | None) -> None:
+        self._stream = stream_ctx or current_stream()
 
     def __enter__(self) -> None:
         self._before, machine.thread.stream = current_stream(), self._stream
@@ -369,7 +363,7 @@ class NPUGraph:
                 if moved or operator._schema.is_mutable:
                     tensor.storage_on_device.writer = writer
 
-    def record(self, operator, args: tuple, kwargs: dict, output: Any) -> None:
+    def _record(self, operator, args: tuple, kwargs: dict, output: Any) -> None:
         name = operator._schema.name
         if name in ATTENTIONS and machine.version == "7.3" and not _by_name(operator, args, kwargs).get("sync"):
             self._forked = True  # it makes a second stream wait for an event, which never comes back
@@ -380,12 +374,7 @@ class graph:
     """Captures the work inside. As in torch_npu, an end that raises leaves the capture's stream current."""
 
     def __init__(
-        self,
-        npu_graph: NPUGraph,
-        pool: Any = None,
-        stream: Stream | None = None,
-        auto_dispatch_capture: bool = False,
-        capture_error_mode: str = "global",
+        self, npu_graph: NPUGraph, pool=None, stream=None, auto_dispatch_capture=False, capture_error_mode="global"
     ) -> None:
         self._graph, self._pool, self._mode = npu_graph, pool, capture_error_mode
         self._stream_context = StreamContext(stream or Stream())
@@ -418,7 +407,7 @@ def dispatch(operator, args: tuple, kwargs: dict) -> Any:
     if to_host or (plain and name in COPIES):
         check_capture("copying from or to the host", 107030, "stream is captured, not support current oper")
     with torch.inference_mode(False), torch.no_grad():
-        result, writer = _run(operator, args, kwargs)
+        result, writer = _run(operator, args, kwargs, to_host)
         deferred = name in COPIES and _by_name(operator, args, kwargs).get("non_blocking")
         if to_host:
             return _to_host(result, args[0] if name == "aten::copy_" else None, deferred)
@@ -436,7 +425,7 @@ def dispatch(operator, args: tuple, kwargs: dict) -> Any:
 
         output = tree_map(wrap, result)
     if capturing_here():
-        capture.record(operator, args, kwargs, output)
+        capture._record(operator, args, kwargs, output)
     return output
 
 
@@ -465,7 +454,7 @@ def _to_host(result: Any, destination: torch.Tensor | None, deferred: bool) -> A
     return destination
 
 
-def _run(operator, args: tuple, kwargs: dict) -> tuple[Any, tuple[Stream, int]]:
+def _run(operator, args: tuple, kwargs: dict, to_host: bool = False) -> tuple[Any, tuple[Stream, int]]:
     """Queue an operator on the current stream. Returns its result, on the CPU, and whose work that is."""
     stream = current_stream()
     queue.add(stream)
@@ -482,7 +471,7 @@ def _run(operator, args: tuple, kwargs: dict) -> tuple[Any, tuple[Stream, int]]:
     ]
     if unseen:  # read too early: zeros; an alias stays what it is, for whoever waits before reading
         names = [argument.name for argument in operator._schema.arguments]
-        aliases = {argument.name for argument in operator._schema.arguments if argument.alias_info}
+        aliases = {argument.name for argument in operator._schema.arguments if argument.alias_info and not to_host}
         early = lambda value: torch.zeros_like(value.inner) if any(value is tensor for tensor in unseen) else value
         given = {name: value if name in aliases else tree_map(early, value) for name, value in zip(names, args, strict=False)}
         args, kwargs = tuple(given.values()), {key: tree_map(early, value) for key, value in kwargs.items()}
@@ -553,7 +542,9 @@ FROM_BNSD["BSH"] = lambda value: value.transpose(1, 2).flatten(-2)
 
 
 def _fusion_attention(query, key, value, head_num: int, input_layout: str, scale: float = 1.0, sync: bool = False, **rest: Any):
-    declared = {argument.name: argument.default_value for argument in torch.ops.npu.npu_fusion_attention.default._schema.arguments}
+    declared = {
+        argument.name: argument.default_value for argument in torch.ops.npu.npu_fusion_attention.default._schema.arguments
+    }
     if any(isinstance(given, torch.Tensor) or given != declared[name] for name, given in rest.items()):
         raise NotImplementedError(f"the simulated NPU's fused attention takes no {', '.join(rest)}")
     layout = input_layout.upper()
@@ -575,7 +566,7 @@ KERNELS = {"npu::npu_gelu": torch.nn.functional.gelu, "npu::npu_fusion_attention
 class _Module(types.ModuleType):
     """torch.npu: the functions that mirror torch.cuda's, as far as they are used."""
 
-    Event, Stream, StreamContext, NPUGraph, graph = Event, Stream, StreamContext, NPUGraph, graph
+    Event, Stream, NPUGraph, graph = Event, Stream, NPUGraph, graph
 
     def __init__(self) -> None:
         super().__init__("torch.npu")
@@ -712,9 +703,9 @@ def _register() -> list[torch.library.Library]:
     below_autocast.fallback(torch.library.fallthrough_kernel, dispatch_key="AutocastPrivateUse1")
     aten, npu = torch.library.Library("aten", "IMPL"), torch.library.Library("npu", "DEF")
     attention = torch.ops.aten.scaled_dot_product_attention.default
+    aten.impl(attention, _whole(attention), dispatch_key="AutogradPrivateUse1")
     for operator in (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default, attention):
         aten.impl(operator, _casting(operator), dispatch_key="AutocastPrivateUse1")
-    aten.impl(attention, _whole(attention), dispatch_key="AutogradPrivateUse1")
     for schema in OPERATORS:
         npu.define(schema)
     return [everything, below_autocast, aten, npu]

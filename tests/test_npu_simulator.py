@@ -302,7 +302,7 @@ def test_attention_forks_a_stream_that_never_joins_a_capture(npu, mode):
 def test_other_threads_may_do_what_is_unsafe_only_if_the_capture_is_thread_local(npu, unsafe):
     with pytest.raises(RuntimeError, match="507903"):
         captured(npu, lambda: in_another_thread(unsafe))
-    made, error = captured(npu, lambda: in_another_thread(unsafe), capture_error_mode="thread_local")
+    _, error = captured(npu, lambda: in_another_thread(unsafe), capture_error_mode="thread_local")
     assert isinstance(error, torch.Tensor)
     with pytest.raises(RuntimeError, match="Unknown capture error mode"):
         captured(npu, lambda: None, capture_error_mode="local")
@@ -324,6 +324,12 @@ def test_a_stream_that_does_not_wait_for_another_reads_zeros(npu):
     view = copied_on_the_side()[None].contiguous()
     torch.npu.current_stream().wait_stream(side)
     assert view.add(1).cpu().tolist() == [[2, 2, 2]]
+    torch.npu.synchronize()
+    with torch.inference_mode():  # here reshape() is one operator, which may copy or not
+        reshaped = copied_on_the_side().expand(2, 3).reshape(6)
+        assert reshaped.cpu().tolist() == [0] * 6
+        torch.npu.synchronize()
+        assert reshaped.cpu().tolist() == [1] * 6
     late = copied_on_the_side()
     event = side.record_event()
     later = copied_on_the_side()
@@ -369,7 +375,9 @@ def test_reset_gives_a_new_process_s_state_back(npu):
     hook = sys.excepthook
     npu.machine.version, npu.machine.faults = "26", {"late_memory"}
     npu.module.conv.allow_hf32, npu.module.devices, npu.memory.limit = False, 3, 0
+    torch.zeros(3, device="npu")
     npu.reset()
+    torch.npu.synchronize()  # would tell of memory that was short before
     assert sys.excepthook is not hook
     assert (npu.machine.version, npu.machine.faults, npu.memory.limit) == ("7.3", set(), None)
     assert (npu.module.conv.allow_hf32, npu.module.devices) == (True, 1)
