@@ -27,7 +27,6 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -45,15 +44,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import inference
 from inference import BadImage, Device, Encoder, LoadedModel, Preprocess, Unreadable, UsageError, log, rank_of, stopping, torch
-
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
 
 TEXTS = ("caption", "url", "key")
 TEXT_LIMIT = 4000  # characters of a caption: a part's column is as wide as its longest text
@@ -387,12 +383,15 @@ class KeyBatches:
                 yield [self.bulk.images[place] for place in range(first, min(first + self.batch_size, places.stop))]
 
 
-def decoding_loader(model: LoadedModel, batches: KeyBatches, num_workers: int | None) -> DataLoader:
-    """Gives a Batch for each list of keys, decoded in `num_workers` processes (None: by the cores there are)."""
+def decoding_loader(model: LoadedModel, batches: KeyBatches, num_workers: int | None) -> Iterator[Batch]:
+    """Gives a Batch for each list of keys, decoded in `num_workers` processes (None: by the cores there are).
+
+    Raises UsageError where a worker is lost, or where no batch comes for LOADER_TIMEOUT_S.
+    """
     size = model.preprocess.image_size
     if num_workers is None:
         num_workers = default_num_workers(model.device, batches.batch_size, size)
-    return torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         _Crops(model.preprocess, shares_memory(num_workers, batches.batch_size * size * size * 3)),
         batch_size=None,  # the sampler gives whole batches
         sampler=batches,
@@ -400,8 +399,31 @@ def decoding_loader(model: LoadedModel, batches: KeyBatches, num_workers: int | 
         collate_fn=_as_it_is,
         worker_init_fn=_start_worker,
         pin_memory=inference.can_pin_memory(model.device),
-        timeout=LOADER_TIMEOUT_S if num_workers else 0,
+        timeout=2 if num_workers else 0,  # it looks whether its workers live each time
     )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until workers have their own handlers
+    try:
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if num_workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises a dead worker's error in whatever runs
+    while (batch := _next_batch(iterator, num_workers)) is not None:
+        yield batch
+
+
+def _next_batch(iterator: Iterator[Batch], num_workers: int) -> Batch | None:
+    deadline = time.monotonic() + LOADER_TIMEOUT_S
+    while num_workers:
+        try:
+            return next(iterator, None)
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if str(error).startswith("Caught"):  # an error in the worker's own code
+                raise
+            if "DataLoader timed out" not in str(error) or time.monotonic() > deadline:
+                reason = f"most likely for lack of memory ({inference.first_line(error)}); use a smaller --num_workers"
+                raise UsageError(f"a decoding worker was lost, {reason}") from error
+    return next(iterator, None)
 
 
 def default_num_workers(device: Device, batch_size: int, image_size: int) -> int:
@@ -646,11 +668,11 @@ def which_rank() -> tuple[int, int, str]:
 def make_manifest(args: Namespace, model: LoadedModel, shapes: dict[str, tuple[int, ...]], part_size: int) -> dict[str, Any]:
     """What makes the features. All of `made_from` must be the same for a run to go on; the rest tells who began it."""
     about = inference.provenance(args, model)
-    fitting = ("allow_hf32", "deterministic", "levers", "model", "dimensions", "preprocess", "pooler", "weights")
-    made_from = {name: about.pop(name) for name in fitting}
-    about["weights_path"] = made_from["weights"].pop("path", None)
-    made_from |= {"device": model.device.kind, "dtype": model.dtype_name, "image_size": model.preprocess.image_size}
+    made_from = {"device": model.device.kind, "dtype": model.dtype_name, "image_size": model.preprocess.image_size}
     made_from |= {"part_size": part_size, "features": shapes, "feature_dtype": args.feature_dtype}
+    fitting = ("allow_hf32", "deterministic", "levers", "model", "dimensions", "preprocess", "pooler", "weights")
+    made_from |= {name: about.pop(name) for name in fitting}
+    about["weights_path"] = made_from["weights"].pop("path", None)
     return json.loads(json.dumps({"made_from": made_from, "rounds": []} | about))
 
 
@@ -761,23 +783,19 @@ def embed(args: Namespace, images: ImageList, model: LoadedModel) -> int:
         batches = KeyBatches(bulk, my_share(bulk, lock), args.batch_size or inference.default_batch_size(model.device))
         check_disk(bulk)
         encoder = Encoder(model, tuple(bulk.shapes), batches.batch_size, args.execution, bulk.dtype)
+        workers = args.num_workers
+        if workers is None:
+            workers = default_num_workers(model.device, batches.batch_size, model.preprocess.image_size)
+        log.info(
+            f"Rank {lock.rank} of {lock.ranks}: {len(batches.parts)} of {len(bulk.parts)} parts to do; batch size "
+            f"{batches.batch_size}, {workers} decoding workers, {args.execution}"
+        )
         started = time.perf_counter()
         try:
-            loader = decoding_loader(model, batches, args.num_workers)
-            log.info(
-                f"Rank {lock.rank} of {lock.ranks}: {len(batches.parts)} of {len(bulk.parts)} parts to do; batch size "
-                f"{batches.batch_size}, {loader.num_workers} decoding workers, {args.execution}"
-            )
-            totals = encode_parts(lock, encoder, loader, batches)
+            totals = encode_parts(lock, encoder, decoding_loader(model, batches, workers), batches)
             return finish(lock, batches, totals, time.perf_counter() - started)
         except UsageError as error:
             raise UsageError(f"{error}; {bulk.how_to_go_on()}") from error
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            # A dead worker shows anywhere: the handler of SIGCHLD raises in whatever runs.
-            if isinstance(error, RuntimeError) and not re.match(r"DataLoader (worker \(|timed out)|Pin memory", str(error)):
-                raise
-            reason = f"a decoding worker was lost, most likely for lack of memory ({inference.first_line(error)})"
-            raise UsageError(f"{reason}; use a smaller --num_workers; {bulk.how_to_go_on()}") from error
 
 
 def plan(args: Namespace, images: ImageList, model: LoadedModel, lock: FolderLock) -> Bulk:
@@ -810,7 +828,7 @@ def my_share(bulk: Bulk, lock: FolderLock) -> list[int]:
     return share
 
 
-def encode_parts(lock: FolderLock, encoder: Encoder, loader: DataLoader, batches: KeyBatches) -> Totals:
+def encode_parts(lock: FolderLock, encoder: Encoder, loader: Iterator[Batch], batches: KeyBatches) -> Totals:
     """Run all batches through the encoder; write each part when it is full. Raises UsageError if a part cannot be written."""
     totals, bulk = Totals(), batches.bulk
     progress = log_progress(totals, sum(len(bulk.places(part)) for part in batches.parts))
@@ -870,20 +888,15 @@ def _finish_part(lock: FolderLock, rows: _Rows) -> None:
 
 
 def _one_ahead(
-    loader: DataLoader, encoder: Encoder, batches: KeyBatches, totals: Totals
+    loader: Iterator[Batch], encoder: Encoder, batches: KeyBatches, totals: Totals
 ) -> Iterator[tuple[Batch, dict[str, np.ndarray] | None]]:
     """Batches with their features, each fetched from the device only after the next one is queued there; None for the features
     of a part that is given up."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until workers have their own handlers
-    try:
-        iterator = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     part_of, given_up = batches.bulk.part_of, batches.given_up
     previous: tuple[Batch, Callable[[], dict[str, np.ndarray]] | None] | None = None
     while True:
         with totals.waiting_for("reading"):
-            batch = next(iterator, None)
+            batch = next(loader, None)
         if batch is not None and batch.unreadable and part_of(batch.first) not in given_up:
             given_up[part_of(batch.first)] = batch.unreadable
             log.error(f"Part {part_of(batch.first)} is left unwritten: {batch.unreadable}")
