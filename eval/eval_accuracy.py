@@ -1,447 +1,310 @@
-"""Is the device right, by how much, and where does it go wrong?
+"""Is the device right, by how much, where does it go wrong, and what is the error worth?
 
     python eval/eval_accuracy.py --device npu
-    python eval/eval_accuracy.py --device npu --sweep
+    python eval/eval_accuracy.py --device npu --sweep --recipe
     python eval/eval_accuracy.py --device cuda --model_path weights/my-copy --image_path photos/
 
-The same weights and the same decoded crops go through a reference (float32), through the device, and through a golden run
-(float64 on the CPU). All errors are computed in float64. PASS needs every output, and the worst single token, within the
-bars; "faithful" is the bar for float32 itself, a relative L2 error of 1e-5. Writes results/accuracy_eval.json and
-logs/accuracy_eval.log (accuracy_eval_cuda.* and so on for devices other than an NPU).
+The same weights and decoded crops go through the device, through transformers' plain float32 on a reference device, and through
+a golden run in float64 on the CPU, which is the reference itself where device and reference are the same thing, or with
+--reference golden. PASS needs every output, and the worst single token, within the bars; "faithful" is the bar for float32
+itself, a relative L2 error of 1e-5 against float64. Every block is also fed the golden run's input, so that its own error
+stands beside what it inherits. Writes results/accuracy_eval.json and logs/accuracy_eval.log (accuracy_eval_cuda.* and so on for
+devices other than an NPU); until the end, what is measured is kept in results/trial/accuracy_eval_partial.json.
 
-Exit codes: 0 PASS; 1 FAIL; 2 wrong usage or unusable input; 3 BLOCKED: the device cannot be used.
+Exit codes: 0 PASS; 1 FAIL; 2 wrong usage or unusable input; 3 BLOCKED: the device cannot be used; 70 unforeseen; 130 stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import inference  # first of all: it sets what must precede torch
 import numpy as np
-import torch
-from inference import Device, LoadedModel, UsageError, log
-from PIL import Image, ImageOps
+from PIL import Image
 
-OUTPUTS = ("pooler_output", "last_hidden_state", "class_token", "mean_patch_token")
-LABELS = dict(zip(OUTPUTS, ("Pooler", "Hidden", "Class token", "Mean patch token"), strict=True))
-BARS = {"mre_pass": "filtered MRE", "cosine_pass": "cosine", "l2_pass": "relative L2", "worst_token_pass": "worst token"}
-FAITHFUL = 1e-5  # float32 rounds at 6e-8; through 24 layers true float32 stays under 1e-5, HF32 and TF32 do not
-FILTER = 0.1
-NOISE_FLOOR = 2e-6  # relative L2 error that float32 itself leaves behind
-JUMP = 3.0
-FORMULAS = {
-    "a, b": "device and reference, elementwise, in float64",
-    "relative_error": "|a - b| / |b|; elements with b = 0 are left out",
-    "filtered_mean_relative_error": f"mean of relative_error over elements with |b| >= {FILTER} * RMS of that output of that image",
-    "relative_l2_error": "||a - b|| / ||b|| over all elements",
-    "cosine_similarity": "<a, b> / (||a|| ||b||) over all elements",
-    "worst_token": "largest relative_l2_error of a single token of any image",
-    "worst_image": "largest relative_l2_error of an image",
-    "p99_token": "99th percentile of relative_l2_error over the tokens of all images",
-    "starts_at": f"first stage whose error is above {NOISE_FLOOR} and {JUMP} times that of the stage before it",
-}
+import inference  # first of all: it sets what must precede torch
+from inference import Column, Device, LoadedModel, UsageError, log, torch
+from measures import (
+    FAITHFUL,
+    FORMULAS,
+    LABELS,
+    OUTPUTS,
+    begins,
+    dual_thousandth,
+    finite_or_null,
+    judge,
+    passes,
+    ratio,
+    relative_l2,
+    yardstick,
+)
+from stages import (
+    GOLDEN,
+    PLAIN,
+    STAGE_COLUMNS,
+    Arithmetic,
+    Stages,
+    arithmetics,
+    check_invariance,
+    measure_stages,
+    outputs_of,
+    prepare_stages,
+    stage_rows,
+    trace,
+)
+from worth import DIGITS, SECONDS, VIEWS, WORTH_COLUMNS, Task, measure_worth, prepare_task, worth_rows
+
+MAX_IMAGES = 100  # every output of every image is kept in memory
 
 
-# --- errors: pure functions of arrays ---
+# --- the run ---
 
 
-@dataclass(frozen=True)
-class Errors:
-    """Sums from which every metric follows, so that images are compared one at a time and added up."""
+class Record:
+    """The result as it grows. After each step it is written beside the final one, so that whatever ends the run, it is kept."""
 
-    squared_difference: float = 0.0
-    squared_reference: float = 0.0
-    squared_value: float = 0.0
-    product: float = 0.0
-    absolute: float = 0.0
-    max_absolute: float = 0.0
-    count: int = 0
-    relative: float = 0.0
-    max_relative: float = 0.0
-    relative_count: int = 0
-    filtered: float = 0.0
-    filtered_count: int = 0
-    nan_count: int = 0
-    inf_count: int = 0
-    tokens: tuple[float, ...] = ()
-    images: tuple[float, ...] = ()
+    def __init__(self, args: argparse.Namespace, model: LoadedModel) -> None:
+        folder = args.results if args.results_dir else inference.ROOT / "results" / "trial"
+        self.path = folder / f"{inference.result_name(args.script, model.device.kind)}_partial.json"
+        self.data: dict[str, Any] = {}
+        self.describe = lambda: inference.provenance(args, model)
+        self.made: dict[str, Any] | None = None
 
-    def __add__(self, other: Errors) -> Errors:
-        maxima = {
-            name: float(np.maximum(getattr(self, name), getattr(other, name))) for name in ("max_absolute", "max_relative")
-        }
-        sums = {item.name: getattr(self, item.name) + getattr(other, item.name) for item in dataclasses.fields(self)}
-        return Errors(**(sums | maxima))
-
-    @property
-    def relative_l2(self) -> float:
-        return _ratio(math.sqrt(self.squared_difference), math.sqrt(self.squared_reference))
+    def add(self, **measured: Any) -> None:
+        self.made = self.made or self.describe()
+        data = self.data | finite_or_null(measured)
+        inference.write_json(self.path, {"partial": True} | data | self.made)
+        self.data = data
+        inference.stopping.last_words = f"stopped; {self.where}"
 
     @property
-    def cosine(self) -> float:
-        cosine = _ratio(self.product, math.sqrt(self.squared_value * self.squared_reference))
-        return min(max(cosine, -1.0), 1.0) if math.isfinite(cosine) else cosine
+    def where(self) -> str:
+        return f"what was measured is in {inference.relative_to_root(self.path)}"
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    """0/0 is 0: nothing differs from nothing. x/0 is infinite."""
-    if denominator == 0.0:
-        return 0.0 if numerator == 0.0 else math.inf
-    return numerator / denominator
-
-
-def compare(value: np.ndarray, reference: np.ndarray) -> Errors:
-    """Errors of one image's output [T, D] (or [D]) against the reference's, in float64."""
-    value = np.atleast_2d(np.asarray(value, np.float64))
-    reference = np.atleast_2d(np.asarray(reference, np.float64))
-    difference, size = np.abs(value - reference), np.abs(reference)
-    defined = size > 0
-    relative = difference[defined] / size[defined]
-    significant = relative[size[defined] >= FILTER * math.sqrt((size**2).mean())]
-    whole = _ratio(float(np.linalg.norm(difference)), float(np.linalg.norm(reference)))
-    tokens = zip(np.linalg.norm(difference, axis=-1), np.linalg.norm(reference, axis=-1), strict=True)
-    return Errors(
-        squared_difference=float((difference**2).sum()),
-        squared_reference=float((reference**2).sum()),
-        squared_value=float((value**2).sum()),
-        product=float((value * reference).sum()),
-        absolute=float(difference.sum()),
-        max_absolute=float(difference.max()),
-        count=difference.size,
-        relative=float(relative.sum()),
-        max_relative=float(relative.max(initial=0.0)),
-        relative_count=relative.size,
-        filtered=float(significant.sum()),
-        filtered_count=significant.size,
-        nan_count=int(np.isnan(value).sum()),
-        inf_count=int(np.isinf(value).sum()),
-        tokens=tuple(_ratio(float(error), float(norm)) for error, norm in tokens),
-        images=(whole,),
-    )
-
-
-def metrics(errors: Errors, threshold_percent: float, cosine_threshold: float) -> dict[str, Any]:
-    """The published keys, then the ones that cannot be chosen to look well. NaN and infinity become null."""
-    filtered = _ratio(errors.filtered, errors.filtered_count)
-    worst_token, worst_image = float(np.max(errors.tokens)), float(np.max(errors.images))
-    bar = threshold_percent / 100
-    result = {
-        "relative_error": {
-            "max_relative_error": errors.max_relative,
-            "mean_relative_error": _ratio(errors.relative, errors.relative_count),
-            "filtered_mean_relative_error": filtered,
-            "max_absolute_error": errors.max_absolute,
-            "mean_absolute_error": _ratio(errors.absolute, errors.count),
-        },
-        "cosine_similarity": errors.cosine,
-        "mre_pass": filtered < bar,
-        "cosine_pass": errors.cosine > cosine_threshold,
-        "relative_l2_error": errors.relative_l2,
-        "relative_l2_error_percent": 100 * errors.relative_l2,
-        "l2_pass": errors.relative_l2 < bar,
-        "worst_token_relative_l2_error": worst_token,
-        "worst_token_pass": worst_token < bar,
-        "worst_image_relative_l2_error": worst_image,
-        "p99_token_relative_l2_error": float(np.percentile(errors.tokens, 99)) if math.isfinite(worst_token) else math.inf,
-        "nan_count": errors.nan_count,
-        "inf_count": errors.inf_count,
-    }
-    return _finite_or_null(result)
-
-
-def passes(result: dict[str, Any]) -> bool:
-    return all(result[key] for key in BARS)
-
-
-def missed_bars(judged: dict[str, Any]) -> list[str]:
-    """The bars that are missed, as "output: bar"."""
-    names = [name for name in OUTPUTS if name in judged and judged[name]["counts"]]
-    return [f"{LABELS[name]}: {bar}" for name in names for key, bar in BARS.items() if not judged[name][key]]
-
-
-def first_jump(stages: Sequence[tuple[str, float]]) -> str | None:
-    """Name of the first stage whose error is not numbers, or is above the noise and a multiple of the stage before it."""
-    before = 0.0
-    for name, error in stages:
-        if not math.isfinite(error) or (error > NOISE_FLOOR and error > JUMP * before):
-            return name
-        before = error
-    return None
-
-
-def neighbour_agreement(value: np.ndarray, reference: np.ndarray, count: int = 3) -> tuple[float, float]:
-    """How often the nearest, and the `count` nearest, rows of [N, D] are the same rows for both, in percent.
-
-    Nearest by cosine after the mean over all rows is taken away: the rows of one model have much in common.
-    """
-
-    def nearest(features: np.ndarray) -> np.ndarray:
-        centred = features.astype(np.float64) - features.mean(0, dtype=np.float64)
-        unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-300)
-        similarity = unit @ unit.T
-        np.fill_diagonal(similarity, -np.inf)
-        return np.argsort(-similarity, axis=1, kind="stable")[:, :count]
-
-    ours, theirs = nearest(value), nearest(reference)
-    shared = [len(set(a) & set(b)) / count for a, b in zip(ours.tolist(), theirs.tolist(), strict=True)]
-    return 100 * float((ours[:, 0] == theirs[:, 0]).mean()), 100 * float(np.mean(shared))
-
-
-def _finite_or_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite_or_null(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite_or_null(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# --- running models ---
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """A way to compute: dtype of the model, whether float32 may be rounded, and the dtype of autocast, if any."""
-
-    name: str
-    dtype: str
-    allow_hf32: bool = False
-    autocast: torch.dtype | None = None
-
-    @contextlib.contextmanager
-    def active(self, device: Device) -> Iterator[None]:
-        """The switches belong to the kind of device, not to the model: set for this one, and back to strict afterwards."""
-        inference.set_float32_precision(device.kind, self.allow_hf32)
-        try:
-            with torch.autocast(device.kind, self.autocast, enabled=self.autocast is not None):
-                yield
-        finally:
-            inference.set_float32_precision(device.kind, False)
-
-
-STRICT = Arithmetic("float32", "float32")
-
-
-@torch.inference_mode()
-def outputs(model: LoadedModel, arithmetic: Arithmetic, crops: torch.Tensor) -> dict[str, np.ndarray]:
-    """The four outputs as [N, T, D] arrays in the precision they were computed in (half becomes float32)."""
-    with arithmetic.active(model.device):
-        hidden, pooler = inference.forward(model, crops.to(model.device.torch_device))
-    hidden = _to_numpy(hidden)
-    found = {
-        "last_hidden_state": hidden,
-        "class_token": hidden[:, :1],
-        "mean_patch_token": hidden[:, 1:].mean(1, keepdims=True, dtype=np.promote_types(hidden.dtype, np.float32)),
-    }
-    return ({"pooler_output": _to_numpy(pooler)[:, None]} if pooler is not None else {}) | found
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).cpu().numpy()
-
-
-@torch.inference_mode()
-def stage_outputs(model: LoadedModel, arithmetic: Arithmetic, crops: torch.Tensor) -> dict[str, np.ndarray]:
-    """What the model has computed after each stage, [N, ...]: normalised pixels, patch embedding, every layer, final norm."""
-    crops = crops.to(model.device.torch_device)
-    found = {"pixels": _to_numpy(inference.normalize(crops, model.preprocess))}
-    layers = [part for part in model.module.modules() if type(part).__name__ == "ViTLayer"]
-    watched = {"patch embedding": model.module.embeddings.patch_embeddings}
-    watched |= {f"layer {number}": layer for number, layer in enumerate(layers)}
-    watched["final norm"] = model.module.layernorm
-
-    def keep(name: str):
-        return lambda _module, _inputs, output: found.__setitem__(
-            name, _to_numpy(output[0] if isinstance(output, tuple) else output)
-        )
-
-    hooks = [part.register_forward_hook(keep(name)) for name, part in watched.items()]
-    try:
-        with arithmetic.active(model.device):
-            inference.forward(model, crops)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def golden_model(args: argparse.Namespace, device: Device) -> LoadedModel:
-    """The model in float64 on the CPU: the truth that both reference and device are measured against."""
-    model = inference.load_model(
-        device, args.model_path, "float32", args.image_size, args.random_weights, args.trust_remote_code
-    )
-    return dataclasses.replace(model, module=model.module.double(), dtype=torch.float64)
+class Unfinished(Exception):
+    """What ended the run, and where that which was measured before is kept."""
 
 
 @dataclass
-class Comparison:
-    """Errors of one arithmetic on the device against the reference, and of both against the golden run."""
+class Run:
+    """What all parts of the evaluation share: the photos, and what they are compared with."""
 
-    outputs: dict[str, Errors] = field(default_factory=dict)
-    images: list[dict[str, Any]] = field(default_factory=list)
-    golden: dict[str, dict[str, Errors]] = field(default_factory=lambda: {"reference": {}, "device": {}})
-    stages: dict[str, Errors] = field(default_factory=dict)
+    args: argparse.Namespace
+    device: Device
+    reference: LoadedModel  # plain float32
+    names: list[str]
+    crops: torch.Tensor
+    truth: dict[str, np.ndarray]
+    plain: dict[str, np.ndarray]
+    seconds: float  # of an image in plain float32
+    stages: Stages | None
+    task: Task | None = None
 
+    @property
+    def expected(self) -> dict[str, np.ndarray]:
+        return self.truth if self.args.reference == "golden" else self.plain
 
-def run_comparison(
-    batches: Sequence[tuple[list[str], torch.Tensor]],
-    reference: LoadedModel,
-    device_model: LoadedModel,
-    arithmetic: Arithmetic,
-    golden: LoadedModel | None,
-) -> Comparison:
-    """Send every batch (names and uint8 crops) through the models and gather the errors."""
-    result = Comparison()
-    for names, crops in batches:
-        expected, found = outputs(reference, STRICT, crops), outputs(device_model, arithmetic, crops)
-        truth = outputs(golden, STRICT, crops) if golden is not None else None
-        for row, name in enumerate(names):
-            one_image = {output: compare(found[output][row], expected[output][row]) for output in found}
-            _add(result.outputs, one_image)
-            result.images.append({"image": name, **{output: errors.relative_l2 for output, errors in one_image.items()}})
-            if truth is not None:
-                for who, values in (("reference", expected), ("device", found)):
-                    _add(result.golden[who], {output: compare(values[output][row], truth[output][row]) for output in found})
-        theirs, ours = stage_outputs(reference, STRICT, crops), stage_outputs(device_model, arithmetic, crops)
-        flat = {name: (ours[name].reshape(len(names), -1), theirs[name].reshape(len(names), -1)) for name in theirs}
-        for row in range(len(names)):
-            _add(result.stages, {name: compare(a[row], b[row]) for name, (a, b) in flat.items()})
-    return result
+    def judge(self, found: dict[str, np.ndarray], is_float32: bool = False) -> dict[str, Any]:
+        bars = self.args.threshold_percent, self.args.cosine_threshold
+        judged = judge(found, self.expected, self.truth, bars, self.reference.pooler == "trained")
+        return judged | {"faithful": judged["faithful"] if is_float32 else None}
 
 
-def _add(totals: dict[str, Errors], errors: dict[str, Errors]) -> None:
-    for name, value in errors.items():
-        totals[name] = totals[name] + value if name in totals else value
+def evaluate(args: argparse.Namespace, device: Device) -> int:
+    """Run the whole evaluation, write log and result, and return the exit code."""
+    paths, photos = read_photos(args.image_path)
+    reference = inference.open_device("cpu" if args.reference == "golden" else args.reference)
+    if reference.torch_device == device.torch_device and args.reference != "golden":
+        log.info(f"{device.torch_device} is not compared with itself: the reference is float64 on the CPU")
+        args.reference = "golden"
+    model = inference.load_from_args(args, device)
+    record = Record(args, model)
+    try:
+        log.info(f"Loading image: {paths[0]}" if len(paths) == 1 else f"Loading {len(paths)} images")
+        run = prepare(args, model, paths, reference)
+        compare_device(run, record, model)
+        run.task = prepare_task(args, photos, run.reference, run.seconds)
+        record.add(worth=measure_worth(run.task, model, asked(args)))
+        log_rows(WORTH_COLUMNS, worth_rows(record.data))
+        if args.sweep:
+            sweep(run, record)
+        if args.recipe:
+            record.add(recipe=find_recipe(run))
+            log_recipe(record.data["recipe"])
+    except Exception as error:
+        if not record.data:
+            raise
+        if isinstance(error, UsageError):
+            raise UsageError(f"{error}; {record.where}") from error
+        raise Unfinished(f"{type(error).__name__}, {inference.first_line(error)}; {record.where}") from error
+    log_verdict(record.data)
+    inference.write_result(args, record.data | inference.provenance(args, model))
+    record.path.unlink(missing_ok=True)
+    return 0 if record.data["overall"] == "PASS" else 1
 
 
-def check_invariance(model: LoadedModel, arithmetic: Arithmetic, crops: torch.Tensor) -> dict[str, Any]:
-    """Whether an image's features change when it is alone, and whether a second run gives the same bits."""
-    together = outputs(model, arithmetic, crops)["last_hidden_state"]
-    again = outputs(model, arithmetic, crops)["last_hidden_state"]
-    alone = np.concatenate([outputs(model, arithmetic, crop[None])["last_hidden_state"] for crop in crops])
-    errors = [compare(a, b).relative_l2 for a, b in zip(alone, together, strict=True)]
-    return {
-        "batch_size": len(crops),
-        "batch_invariance_relative_l2_error": max(errors),
-        "repeatable_bit_for_bit": bool(np.array_equal(together, again, equal_nan=True)),
-        "repeatability_relative_l2_error": max(compare(a, b).relative_l2 for a, b in zip(again, together, strict=True)),
-    }
+def asked(args: argparse.Namespace) -> Arithmetic:
+    return Arithmetic(args.dtype, args.dtype, (args.allow_hf32, args.allow_hf32))
 
 
-def views(image: Image.Image, preprocess: inference.Preprocess) -> list[np.ndarray]:
-    """Four views of a photo as uint8 crops: as it is, mirrored, and its upper left and lower right three quarters."""
-    width, height = image.size
-    upper_left = image.crop((0, 0, max(1, width * 3 // 4), max(1, height * 3 // 4)))
-    lower_right = image.crop((width // 4, height // 4, width, height))
-    return [inference.crop_uint8(view, preprocess) for view in (image, ImageOps.mirror(image), upper_left, lower_right)]
-
-
-def check_neighbours(
-    images: Sequence[Image.Image], reference: LoadedModel, device_model: LoadedModel, arithmetic: Arithmetic, batch_size: int
-) -> dict[str, Any]:
-    """Whether each view of the photos finds the same neighbours among all views on the device as on the reference."""
-    crops = torch.from_numpy(np.stack([view for image in images for view in views(image, reference.preprocess)]))
-    result: dict[str, Any] = {"views": len(crops)}
-    ours, theirs = (
-        [outputs(model, way, chunk) for chunk in crops.split(batch_size)]
-        for model, way in ((device_model, arithmetic), (reference, STRICT))
-    )
-    for name in ("class_token", "mean_patch_token"):
-        pair = [np.concatenate([chunk[name][:, 0] for chunk in chunks]) for chunks in (ours, theirs)]
-        nearest, nearest_three = neighbour_agreement(*pair)
-        result[name] = {"same_nearest_percent": nearest, "same_three_nearest_percent": nearest_three}
-    return result
-
-
-# --- the evaluation ---
-
-
-def judge(comparison: Comparison, args: argparse.Namespace, pooler: str) -> dict[str, Any]:
-    """Metrics of every output and the verdicts. An untrained pooler is reported, but decides nothing."""
-    result: dict[str, Any] = {}
-    for name in OUTPUTS:
-        if name in comparison.outputs:
-            result[name] = metrics(comparison.outputs[name], args.threshold_percent, args.cosine_threshold)
-            result[name]["counts"] = name != "pooler_output" or pooler == "trained"
-    counted = [values for values in result.values() if values["counts"]]
-    errors = [values["relative_l2_error"] for values in counted]
-    faithful = all(error is not None and error <= FAITHFUL for error in errors)
-    clean = not any(values["nan_count"] or values["inf_count"] for values in result.values())
-    return result | {
-        "overall": "PASS" if clean and all(passes(values) for values in counted) else "FAIL",
-        "misses": missed_bars(result),
-        "faithful": clean and faithful,
-    }
-
-
-def arithmetics(device: Device) -> list[Arithmetic]:
-    """What --sweep goes through. Rounded float32 exists on accelerators only."""
-    found = [STRICT]
-    if device.kind != "cpu":
-        found.append(
-            Arithmetic("float32, HF32 allowed" if device.kind == "npu" else "float32, TF32 allowed", "float32", allow_hf32=True)
-        )
-    found += [Arithmetic("float16", "float16"), Arithmetic("bfloat16", "bfloat16")]
-    return [*found, Arithmetic("bfloat16 autocast", "float32", autocast=torch.bfloat16)]
-
-
-def sweep(
-    args: argparse.Namespace, device: Device, batches: Sequence[tuple[list[str], torch.Tensor]], reference: LoadedModel
-) -> list[dict[str, Any]]:
-    """Error, verdict and throughput of each arithmetic that the device has."""
-    rows = []
-    for arithmetic in arithmetics(device):
-        log.info("Sweep: %s ...", arithmetic.name)
-        row: dict[str, Any] = {"arithmetic": arithmetic.name, "dtype": arithmetic.dtype, "allow_hf32": arithmetic.allow_hf32}
+def read_photos(arguments: Sequence[str]) -> tuple[list[str], list[Image.Image]]:
+    """Paths of the images, and the first of them decoded. Raises UsageError naming one that is no image."""
+    paths = inference.find_images(arguments)
+    if len(paths) > MAX_IMAGES:
+        log.warning(f"{len(paths):,} images: the first {MAX_IMAGES} are used")
+    photos = []
+    for path in paths[:MAX_IMAGES]:
         try:
-            model = load(args, device, arithmetic.dtype)
-            comparison = run_comparison(batches, reference, model, arithmetic, None)
-            judged = judge(comparison, args, model.pooler)
-            hidden = judged["last_hidden_state"]
-            row |= {
-                "relative_l2_error": hidden["relative_l2_error"],
-                "worst_token_relative_l2_error": hidden["worst_token_relative_l2_error"],
-                "class_token_relative_l2_error": judged["class_token"]["relative_l2_error"],
-                "overall": judged["overall"],
-                "misses": judged["misses"],
-                "faithful": judged["faithful"],
-                "stages": describe_stages(comparison),
-                "throughput_img_s": throughput(model, arithmetic, batches[0][1]),
-                "batch_size": len(batches[0][1]),
-            }
-        except RuntimeError as error:  # an operator that the device lacks in this dtype
+            photo = inference.decode(inference.read_bytes(path))
+        except (inference.BadImage, inference.Unreadable) as error:
+            raise UsageError(f"{path}: {error}") from error
+        photos += [photo] * (len(photos) < 16)
+    return paths[:MAX_IMAGES], photos
+
+
+def prepare(args: argparse.Namespace, model: LoadedModel, paths: Sequence[str], reference: Device) -> Run:
+    """Send the photos through float64 and through plain float32."""
+    crops = inference.crops_of(paths, model.preprocess)
+    golden, plain = GOLDEN.load(args, inference.open_device("cpu")), PLAIN.load(args, reference)
+    truth = run_aloud("float64", golden, GOLDEN, crops, 2)
+    name = "plain float32" if args.reference == "golden" else reference.kind.upper()
+    started = time.perf_counter()
+    expected = run_aloud(name, plain, PLAIN, crops, 2 if reference.kind == "cpu" else args.batch_size)
+    seconds = (time.perf_counter() - started) / len(paths)
+    stages = prepare_stages(golden, plain, crops)
+    names = [Path(path).name for path in paths]
+    return Run(args, model.device, plain, names, crops, truth, expected, seconds, stages)
+
+
+def run_aloud(name: str, model: LoadedModel, arithmetic: Arithmetic, crops: torch.Tensor, size: int) -> dict[str, np.ndarray]:
+    """outputs_of, with the published run's lines."""
+    log.info(f"Running {name} inference ...")
+    found = outputs_of(model, arithmetic, crops, size, name)
+    pooler = f"pooler: {found['pooler_output'][:, 0].shape}, " if "pooler_output" in found else ""
+    log.info(f"{name} {pooler}hidden: {found['last_hidden_state'].shape}")
+    return found
+
+
+def compare_device(run: Run, record: Record, model: LoadedModel) -> None:
+    """Record and log how the device's run compares: outputs, stages, invariance, yardsticks."""
+    args, arithmetic = run.args, asked(run.args)
+    found = run_aloud(model.device.kind.upper(), model, arithmetic, run.crops, args.batch_size)
+    judged = run.judge(found, args.dtype == "float32")
+    log_published(judged, run)
+    errors = [
+        {output: relative_l2(found[output][row], run.expected[output][row]) for output in found}
+        for row in range(len(run.names))
+    ]
+    images = [{"image": image, **error} for image, error in zip(run.names, errors, strict=True)]
+    record.add(**settings(run), **judged, golden=describe_golden(run, found), images=images)
+    log_rows(OUTPUT_COLUMNS, output_rows(record.data))
+    rows = measure_stages(run.stages, model, arithmetic)
+    record.add(stages=rows, begins_at=begins(rows), starts_at=(begins(rows) or [None])[0])
+    log_stages(record.data)
+    record.add(invariance=check_invariance(model, arithmetic, run.crops[: args.batch_size]))
+    log_invariance(record.data["invariance"])
+    record.add(yardsticks=measure_yardsticks(run, found, model))
+    log_rows(YARDSTICK_COLUMNS, yardstick_rows(record.data))
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """What the result says of how it was made."""
+    args, golden = run.args, run.args.reference == "golden"
+    device = {"device": "float64 on the CPU", "device_name": inference.cpu_name(), "dtype": "float64"}
+    if not golden:
+        device = {"device": run.reference.device.kind, "device_name": run.reference.device.name, "dtype": "float32"}
+    return {
+        "device": run.device.kind,
+        "dtype": args.dtype,
+        "reference": device,
+        "image_size": run.reference.preprocess.image_size,
+        "threshold_percent": args.threshold_percent,
+        "cosine_threshold": args.cosine_threshold,
+        "formulas": FORMULAS,
+    }
+
+
+def describe_golden(run: Run, found: dict[str, np.ndarray]) -> dict[str, Any]:
+    """How far plain float32 and the device are from float64, and how many times as far the device is."""
+    result: dict[str, Any] = {"arithmetic": "float64 on the CPU"}
+    for name in found:
+        plain, device = relative_l2(run.plain[name], run.truth[name]), relative_l2(found[name], run.truth[name])
+        errors = {"reference_relative_l2_error": plain, "device_relative_l2_error": device}
+        result[name] = errors | {"device_to_reference_ratio": ratio(device, plain)}
+    return result
+
+
+def measure_yardsticks(run: Run, found: dict[str, np.ndarray], model: LoadedModel) -> dict[str, Any]:
+    """The field's yardsticks beside plain arithmetic of the same dtype, and the patch embedding by the dual-thousandth rule."""
+    peer, half = run.plain, run.args.dtype != "float32"
+    if half:
+        plain = Arithmetic(run.args.dtype, run.args.dtype, plain=True)
+        peer = outputs_of(plain.load(run.args, run.reference.device), plain, run.crops, 2, "The yardsticks' reference")
+    result = {name: yardstick(found[name], peer[name], run.truth[name], half) for name in found}
+    if run.stages is not None:
+        own = trace(model, asked(run.args), run.stages.crops, run.stages.feed).own["patch embedding"]
+        percent = dual_thousandth(own, run.stages.fed.own["patch embedding"])
+        result["patch_embedding"] = {"off_by_a_thousandth_percent": percent, "dual_thousandth": percent < 0.1}
+    return result
+
+
+# --- other arithmetics ---
+
+
+def sweep(run: Run, record: Record) -> None:
+    """Record error, verdict, where it begins, worth and throughput of each arithmetic that the device has."""
+    rows: list[dict[str, Any]] = []
+    for arithmetic in arithmetics(run.device):
+        log.info(f"Sweep: {arithmetic.name} ...")
+        row: dict[str, Any] = {"arithmetic": arithmetic.name, "dtype": arithmetic.dtype, "allow_hf32": any(arithmetic.hf32)}
+        try:
+            row |= sweep_row(run, arithmetic)
+        except (RuntimeError, UsageError) as error:  # an operator that the device lacks in this dtype, or too little memory
             row |= {"overall": "not available", "reason": inference.first_line(error)}
-        rows.append(_finite_or_null(row))
-    return rows
+        rows.append(row)
+        record.add(sweep=rows, recommended=recommend(rows))
+    log_rows(SWEEP_COLUMNS, sweep_rows(record.data))
+    log.info(f"Fastest within the bar: {record.data['recommended'] or 'none'}")
+
+
+def sweep_row(run: Run, arithmetic: Arithmetic) -> dict[str, Any]:
+    model, size = arithmetic.load(run.args, run.device), run.args.batch_size
+    found = outputs_of(model, arithmetic, run.crops, size, arithmetic.name)
+    judged = run.judge(found, arithmetic.dtype == "float32" and arithmetic.autocast is None)
+    stages = measure_stages(run.stages, model, arithmetic)
+    row = {
+        "relative_l2_error": judged["last_hidden_state"]["relative_l2_error"],
+        "worst_token_relative_l2_error": judged["last_hidden_state"]["worst_token_relative_l2_error"],
+        "class_token_relative_l2_error": judged["class_token"]["relative_l2_error"],
+        **{key: judged[key] for key in ("overall", "misses", "smallest_bar_percent", "faithful")},
+        "begins_at": begins(stages),
+        "stages": stages,
+        "throughput_img_s": throughput(model, arithmetic, run.crops[:size]),
+        "batch_size": len(run.crops[:size]),
+    }
+    images = len(run.task.views) + len(run.task.digits)
+    seconds = images / row["throughput_img_s"]
+    if run.args.views is None and run.args.probe is None and seconds > SECONDS:
+        return row | {"worth": {"task": f"not run: about {seconds:.0f} s here; --views {VIEWS} --probe {DIGITS} runs it"}}
+    return row | {"worth": measure_worth(run.task, model, arithmetic)}
 
 
 def throughput(model: LoadedModel, arithmetic: Arithmetic, crops: torch.Tensor, runs: int = 3) -> float:
     """Images a second of the median of `runs` synchronised forward passes after one to warm up."""
     crops = crops.to(model.device.torch_device)
-    times = []
     with arithmetic.active(model.device):
-        for _ in range(runs + 1):
-            inference.synchronize(model.device)
-            started = time.perf_counter()
-            inference.forward(model, crops)
-            inference.synchronize(model.device)
-            times.append(time.perf_counter() - started)
+        times = [inference.time_once(model.device, lambda: inference.forward(model, crops)) for _ in range(runs + 1)]
     return len(crops) / statistics.median(times[1:])
-
-
-def load(args: argparse.Namespace, device: Device, dtype: str) -> LoadedModel:
-    return inference.load_model(device, args.model_path, dtype, args.image_size, args.random_weights, args.trust_remote_code)
 
 
 def recommend(rows: Sequence[dict[str, Any]]) -> str | None:
@@ -450,191 +313,277 @@ def recommend(rows: Sequence[dict[str, Any]]) -> str | None:
     return max(kept, key=lambda row: row["throughput_img_s"])["arithmetic"] if kept else None
 
 
-def evaluate(args: argparse.Namespace, device: Device) -> int:
-    """Run the whole evaluation, write log and result, and return the exit code."""
-    reference_device = inference.open_device(args.reference)
-    images = inference.list_images(args.image_path)
-    inference.log_images(images)
-    device_model = inference.load_from_args(args, device)
-    reference, golden = load(args, reference_device, "float32"), golden_model(args, inference.open_device("cpu"))
-    crops, photos = read_images(images, reference.preprocess, args.neighbour_photos)
-    names = [Path(key.name).name for key in images]
-    batches = [
-        (names[first : first + args.batch_size], crops[first : first + args.batch_size])
-        for first in range(0, len(names), args.batch_size)
+def mixed_model(args: argparse.Namespace, device: Device, first: int, last: int) -> LoadedModel:
+    """bfloat16 with the `first` and the `last` layers, the embeddings and the final norm in float32."""
+    levers = [lever for lever in ("fused_attention",) if lever not in args.without]
+    model = inference.load_as_asked(args, device, dtype="float32", levers=levers)
+    layers = inference.layers_of(model.module)
+    for layer in layers[first : len(layers) - last]:
+        layer.to(torch.bfloat16)
+
+    def cast(dtype: torch.dtype) -> Callable[..., tuple]:
+        return lambda _part, inputs: (inputs[0].to(dtype), *inputs[1:])
+
+    for part in (*layers, model.module.layernorm):
+        part.register_forward_pre_hook(cast(next(part.parameters()).dtype))
+    return model
+
+
+def least(keeps: Callable[[int], bool], count: int) -> int:
+    """The smallest number from 0 to `count` that keeps, where all above it do too: `count` does without being asked."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if keeps(middle) else (middle + 1, high)
+    return low
+
+
+def find_recipe(run: Run) -> dict[str, Any]:
+    """With how many of the first, or of the last, layers in float32 bfloat16 keeps the bar, and at what throughput."""
+    arithmetic, size = Arithmetic("bfloat16, some layers in float32"), run.args.batch_size
+    tried: dict[tuple[int, int], dict[str, Any]] = {}
+    count = len(inference.layers_of(run.reference.module))
+
+    def attempt(first: int, last: int) -> bool:
+        if (first, last) not in tried:
+            log.info(f"Recipe: the first {first} and the last {last} of {count} layers in float32 ...")
+            model = mixed_model(run.args, run.device, first, last)
+            judged = run.judge(outputs_of(model, arithmetic, run.crops, size, "Recipe"))
+            tried[first, last] = {
+                "first": first,
+                "last": last,
+                "relative_l2_error": judged["last_hidden_state"]["relative_l2_error"],
+                "smallest_bar_percent": judged["smallest_bar_percent"],
+                "overall": judged["overall"],
+                "throughput_img_s": throughput(model, arithmetic, run.crops[:size]),
+            }
+        return tried[first, last]["overall"] == "PASS"
+
+    options = [(least(lambda first: attempt(first, 0), count), 0), (0, least(lambda last: attempt(0, last), count))]
+    for option in options:
+        attempt(*option)
+    kept = [tried[option] for option in options if tried[option]["overall"] == "PASS"]
+    best = min(kept, key=lambda row: row["first"] + row["last"], default=None)
+    return {"layers": count, "tried": sorted(tried.values(), key=lambda row: (row["first"], row["last"])), "best": best}
+
+
+# --- tables: what stands in the log, the README and results/README.md ---
+
+OUTPUT_COLUMNS = (
+    Column("Output", "输出", "label"),
+    Column("Filtered MRE (%)", "过滤后平均相对误差（%）", "relative_error.filtered_mean_relative_error", ".4f", 100),
+    Column("Cosine", "余弦相似度", "cosine_similarity", ".9f"),
+    Column("Relative L2", "相对 L2 误差", "relative_l2_error", ".2e"),
+    Column("Median token", "词元中位数", "median_token_relative_l2_error", ".2e"),
+    Column("p99 token", "词元第 99 百分位", "p99_token_relative_l2_error", ".2e"),
+    Column("Worst token", "最差词元", "worst_token_relative_l2_error", ".2e"),
+    Column("Against float64", "相对 float64", "float64_relative_l2_error", ".2e"),
+    Column("Verdict", "结论", "verdict"),
+)
+SWEEP_COLUMNS = (
+    Column("Arithmetic", "计算方式", "arithmetic"),
+    Column("Relative L2", "相对 L2 误差", "relative_l2_error", ".2e"),
+    Column("Worst token", "最差词元", "worst_token_relative_l2_error", ".2e"),
+    Column("Smallest bar (%)", "可达到的最小门限（%）", "smallest_bar_percent", ".4f"),
+    Column("Verdict", "结论", "overall"),
+    Column("Begins at", "误差起点", "begins"),
+    Column("Same nearest (%)", "最近邻一致（%）", "worth.class_token.same_nearest_percent", ".1f"),
+    Column("Probe (%)", "线性探针（%）", "worth.class_token.probe_percent", ".1f"),
+    Column("Task", "任务精度", "worth.task"),
+    Column("Images/s", "图片/秒", "throughput_img_s", ".2f"),
+)
+YARDSTICK_COLUMNS = (
+    Column("Output", "输出", "label"),
+    Column("Max error, ratio", "最大误差比", "max_ratio", ".2f"),
+    Column("Mean error, ratio", "平均误差比", "mean_ratio", ".2f"),
+    Column("RMSE, ratio", "均方根误差比", "rmse_ratio", ".2f"),
+    Column("Ascend class", "昇腾算子等级", "class"),
+    Column("MERE", "平均相对误差", "mean_relative_error", ".1e"),
+    Column("< 2^-13", "< 2^-13", "within_2e-13"),
+    Column("< 2^-11", "< 2^-11", "within_2e-11"),
+    Column("PyTorch same()", "PyTorch same()", "same"),
+)
+RECIPE_COLUMNS = (
+    Column("First layers in float32", "前若干层用 float32", "first"),
+    Column("Last layers in float32", "后若干层用 float32", "last"),
+    Column("Relative L2", "相对 L2 误差", "relative_l2_error", ".2e"),
+    Column("Smallest bar (%)", "可达到的最小门限（%）", "smallest_bar_percent", ".4f"),
+    Column("Verdict", "结论", "overall"),
+    Column("Images/s", "图片/秒", "throughput_img_s", ".2f"),
+)
+# Words that stand in the cells, for a table in Chinese.
+CHINESE = {
+    **dict(zip(LABELS.values(), ("池化输出", "隐藏状态", "类别词元", "图块词元均值"), strict=True)),
+    **{"Patch embedding": "图块嵌入", "patch embedding": "图块嵌入", "position embedding": "位置嵌入", "pixels": "像素"},
+    **{"attention": "注意力", "MLP": "MLP", "final norm": "末层归一化", "pooler": "池化层", "layer": "第", "nowhere": "无"},
+    **{"yes": "是", "no": "否", "kept": "保持", "lost": "下降", "none": "无", "not available": "不可用"},
+}
+
+
+def output_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows for OUTPUT_COLUMNS; of the published run's result too."""
+    rows = []
+    for name in (name for name in OUTPUTS if name in result):
+        values = result[name]
+        verdict = "PASS" if passes(values) else "FAIL"
+        rows.append(
+            values | {"label": LABELS[name], "verdict": verdict if values.get("counts", True) else f"{verdict}, does not count"}
+        )
+    return rows
+
+
+def sweep_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row | {"begins": ", ".join(row.get("begins_at", [])) or "nowhere"} for row in result.get("sweep") or []]
+
+
+def yardstick_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    found = result.get("yardsticks") or {}
+    named = [(LABELS[name], found[name]) for name in OUTPUTS if name in found]
+    words = {True: "yes", False: "no"}
+    return [
+        {"label": label} | {key: words.get(value, value) if isinstance(value, bool) else value for key, value in row.items()}
+        for label, row in named
     ]
-    arithmetic = Arithmetic(args.dtype, args.dtype, args.allow_hf32)
-    log.info("Running %s (reference), %s and golden float64 inference ...", reference_device.kind.upper(), device.kind.upper())
-    comparison = run_comparison(batches, reference, device_model, arithmetic, golden)
-    del golden
-    result: dict[str, Any] = judge(comparison, args, device_model.pooler)
-    if args.dtype != "float32":
-        result["faithful"] = None
-    result |= {
-        "golden": describe_golden(comparison),
-        "stages": describe_stages(comparison),
-        "starts_at": first_jump([(name, errors.relative_l2) for name, errors in comparison.stages.items()]),
-        "invariance": check_invariance(device_model, arithmetic, batches[0][1]),
-        "neighbours": check_neighbours(photos, reference, device_model, arithmetic, args.batch_size),
-        "images": comparison.images,
-        "sweep": sweep(args, device, batches, reference) if args.sweep else None,
-    }
-    result["recommended"] = recommend(result["sweep"]) if args.sweep else None
-    log_report(result, args, device, reference_device)
-    inference.check_lock(device_model.weights, args.allow_unlocked)
-    settings = {
-        "device": device.kind,
-        "dtype": args.dtype,
-        "reference": {"device": reference_device.kind, "device_name": reference_device.name, "dtype": "float32"},
-        "image_size": reference.preprocess.image_size,
-        "threshold_percent": args.threshold_percent,
-        "cosine_threshold": args.cosine_threshold,
-        "formulas": FORMULAS,
-    }
-    inference.write_result("accuracy_eval", args, _finite_or_null(result | settings) | inference.provenance(args, device_model))
-    return 0 if result["overall"] == "PASS" else 1
 
 
-def read_images(
-    images: inference.ImageList, preprocess: inference.Preprocess, keep: int
-) -> tuple[torch.Tensor, list[Image.Image]]:
-    """Crops uint8 [N, H, W, 3] of all images, and the first `keep` photos themselves. Raises UsageError naming a bad one."""
-    crops, photos = [], []
-    for key in images:
-        try:
-            photo = inference.decode(inference.read_bytes(key))
-        except (inference.BadImage, inference.Unreadable) as error:
-            raise UsageError(f"{key.name}: {error}") from error
-        crops.append(inference.crop_uint8(photo, preprocess))
-        photos += [photo] * (len(photos) < keep)
-    return torch.from_numpy(np.stack(crops)), photos
+def recipe_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return (result.get("recipe") or {}).get("tried", [])
 
 
-def describe_golden(comparison: Comparison) -> dict[str, Any]:
-    """How far reference and device are from the float64 run, and how many times as far the device is."""
-    result: dict[str, Any] = {"arithmetic": "float64 on the CPU"}
-    for output, reference in comparison.golden["reference"].items():
-        device = comparison.golden["device"][output].relative_l2
-        ratio = device / reference.relative_l2 if reference.relative_l2 else None
-        result[output] = {
-            "reference_relative_l2_error": reference.relative_l2,
-            "device_relative_l2_error": device,
-            "device_to_reference_ratio": ratio,
-        }
-    return result
+# --- the log ---
 
 
-def describe_stages(comparison: Comparison) -> list[dict[str, Any]]:
-    return [{"stage": name, "relative_l2_error": errors.relative_l2} for name, errors in comparison.stages.items()]
+def log_rows(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> None:
+    if rows:
+        inference.log_table(columns, rows)
 
 
-def log_report(result: dict[str, Any], args: argparse.Namespace, device: Device, reference: Device) -> None:
-    """The published lines first, then the rest as tables."""
-    log.info(
-        "=== Accuracy Comparison (%s vs %s)%s ===",
-        device.kind.upper(),
-        reference.kind.upper(),
-        " (random weights)" * args.random_weights,
-    )
-    log_outputs({name: result[name] for name in OUTPUTS if name in result}, args)
-    golden = result["golden"]["last_hidden_state"]
-    log.info(
-        "Against float64: %s is off by %s, %s by %s (%s times as far)",
-        *(reference.kind.upper(), _number(golden["reference_relative_l2_error"], ".2e")),
-        *(device.kind.upper(), _number(golden["device_relative_l2_error"], ".2e")),
-        _number(golden["device_to_reference_ratio"], ".2f"),
-    )
-    log.info("%-18s %12s", "After", "rel. L2")
-    for row in result["stages"]:
-        log.info("%-18s %12s", row["stage"], _number(row["relative_l2_error"], ".2e"))
-    log.info("The error starts at: %s", result["starts_at"] or "no stage; it stays in float32's own rounding")
-    log_checks(result["invariance"], result["neighbours"])
-    if result["sweep"]:
-        log_sweep(result)
-    if result["faithful"] is not None:
-        log.info("Faithful float32 (relative L2 <= %g): %s", FAITHFUL, "yes" if result["faithful"] else "NO")
-    if result["misses"]:
-        log.info("Over their bars: %s", ", ".join(result["misses"]))
-    log.info("Overall: %s", result["overall"])
-
-
-def log_outputs(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+def log_published(judged: dict[str, Any], run: Run) -> None:
+    """The published run's lines, in their order."""
+    reference = "float64" if run.args.reference == "golden" else run.reference.device.kind.upper()
+    note = " (random weights)" if run.args.random_weights else ""
+    log.info(f"=== Accuracy Comparison ({run.device.kind.upper()} vs {reference}){note} ===")
+    found = {name: judged[name] for name in OUTPUTS if name in judged}
     for name, values in found.items():
+        label = LABELS[name].replace("Hidden", "Hidden States")
         mre = values["relative_error"]["filtered_mean_relative_error"]
-        log.info("%s Filtered MRE: %s", LABELS[name], _percent(mre))
-        log.info("%s Cosine Similarity: %s", LABELS[name], _number(values["cosine_similarity"], ".9f"))
+        log.info(f"{label} Filtered MRE: {'-' if mre is None else f'{100 * mre:.4f}%'}")
+        log.info(f"{label} Cosine Similarity: {_number(values['cosine_similarity'], '.9f')}")
     for name, values in found.items():
         note = "" if values["counts"] else " (the pooler is not trained: reported, but it does not count)"
-        log.info("%s MRE < %g%%: %s%s", LABELS[name], args.threshold_percent, _verdict(values["mre_pass"]), note)
-        log.info("%s Cosine > %g: %s%s", LABELS[name], args.cosine_threshold, _verdict(values["cosine_pass"]), note)
-    log.info("%-18s %12s %12s %12s %12s %6s", "Output", "rel. L2", "worst token", "p99 token", "max abs", "NaN")
-    for name, values in found.items():
-        cells = [values[f"{key}relative_l2_error"] for key in ("", "worst_token_", "p99_token_")]
-        cells.append(values["relative_error"]["max_absolute_error"])
-        log.info("%-18s %12s %12s %12s %12s %6d", LABELS[name], *(_number(cell, ".2e") for cell in cells), values["nan_count"])
-
-
-def log_checks(invariance: dict[str, Any], neighbours: dict[str, Any]) -> None:
-    log.info(
-        "Alone against in a batch of %d: %.1e; the same bits twice: %s",
-        *(invariance["batch_size"], invariance["batch_invariance_relative_l2_error"]),
-        "yes" if invariance["repeatable_bit_for_bit"] else "no",
-    )
-    for name in ("class_token", "mean_patch_token"):
-        agreement = neighbours[name]
-        log.info(
-            "Nearest neighbours by %s over %d views: %.1f%% the same, of three %.1f%%",
-            *(LABELS[name].lower(), neighbours["views"]),
-            *(agreement["same_nearest_percent"], agreement["same_three_nearest_percent"]),
+        bars = (
+            (f"MRE < {run.args.threshold_percent:g}%", "mre_pass"),
+            (f"Cosine > {run.args.cosine_threshold:g}", "cosine_pass"),
         )
+        for bar, key in bars:
+            log.info(f"{LABELS[name]} {bar}: {'PASS' if values[key] else 'FAIL'}{note}")
+    log.info(f"Overall: {judged['overall']}")
 
 
-def log_sweep(result: dict[str, Any]) -> None:
-    log.info("%-24s %12s %12s %10s %8s  %s", "Arithmetic", "rel. L2", "worst token", "img/s", "verdict", "misses")
-    for row in result["sweep"]:
-        cells = (_number(row.get("relative_l2_error"), ".2e"), _number(row.get("worst_token_relative_l2_error"), ".2e"))
-        cells += (_number(row.get("throughput_img_s"), ".2f"), row["overall"], ", ".join(row.get("misses", [])))
-        log.info("%-24s %12s %12s %10s %8s  %s", row["arithmetic"], *cells)
-    log.info("Fastest within the bar: %s", result["recommended"] or "none")
+def log_stages(result: dict[str, Any]) -> None:
+    golden = result["golden"]["last_hidden_state"]
+    plain, device = golden["reference_relative_l2_error"], golden["device_relative_l2_error"]
+    log.info(f"Against float64: plain float32 is off by {_number(plain, '.2e')}, the device by {_number(device, '.2e')}")
+    log_rows(STAGE_COLUMNS, stage_rows(result))
+    log.info(f"The error starts at: {', '.join(result['begins_at']) or 'no stage; every block is as exact as plain float32'}")
 
 
-def _verdict(passed: bool) -> str:
-    return "PASS" if passed else "FAIL"
+def log_invariance(found: dict[str, Any]) -> None:
+    alone, repeats = found["batch_invariance_relative_l2_error"], "yes" if found["repeatable_bit_for_bit"] else "no"
+    log.info(f"Alone against in a batch of {found['batch_size']}: {_number(alone, '.1e')}; the same bits twice: {repeats}")
+
+
+def log_recipe(recipe: dict[str, Any]) -> None:
+    log_rows(RECIPE_COLUMNS, recipe["tried"])
+    best = recipe["best"]
+    if best is None:
+        log.info("Recipe: no number of first or last layers in float32 lets bfloat16 keep the bar")
+        return
+    layers = f"the first {best['first']} and the last {best['last']} of {recipe['layers']} layers, embeddings and final norm"
+    log.info(f"Recipe: bfloat16 keeps the bar with {layers} in float32, at {best['throughput_img_s']:.2f} img/s")
+
+
+def log_verdict(result: dict[str, Any]) -> None:
+    """The whole in a line or two, last, where a reader looks first."""
+    if result["misses"]:
+        log.info(f"Over their bars: {', '.join(result['misses'])}")
+    bar = _number(result["smallest_bar_percent"], ".4f")
+    log.info(f"Smallest bar that {result['dtype']} meets: {bar}%; task: {result['worth']['task']}")
+    if result["faithful"] is not None:
+        log.info(f"Faithful float32 (relative L2 against float64 <= {FAITHFUL:g}): {'yes' if result['faithful'] else 'NO'}")
+    log.info(f"Overall: {result['overall']}")
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
-def _percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.4f}%"
+# --- command line ---
+
+
+def _bar(limit: float) -> Callable[[str], float]:
+    """An argparse type: a number above zero and at most `limit`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (0 < value <= limit and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number above 0{'' if limit == math.inf else f' and at most {limit:g}'}"
+            )
+        return value
+
+    return convert
+
+
+def _count(least_count: int) -> Callable[[str], int]:
+    """An argparse type: 0, or a whole number from `least_count`."""
+
+    def convert(text: str) -> int:
+        value = 0 if text == "0" else inference.positive_int(text)
+        if 0 < value < least_count:
+            raise argparse.ArgumentTypeError(f"{text!r} says too little; use 0 (off) or {least_count} and more")
+        return value
+
+    return convert
+
+
+def _reference(text: str) -> str:
+    return text if text == "golden" else inference.device_spec(text)
 
 
 def make_parser() -> inference.ArgumentParser:
     parser = inference.ArgumentParser(__doc__)
     group = parser.add_argument_group("comparison")
-    samples = str(inference.ROOT / "assets" / "samples")
-    group.add_argument(
-        "--image_path", nargs="+", default=[samples], metavar="PATH", help="images or folders (default: assets/samples)"
+    add, samples = group.add_argument, str(inference.ROOT / "assets" / "samples")
+    add("--image_path", nargs="+", default=[samples], metavar="PATH", help="images or folders (default: assets/samples)")
+    help_reference = (
+        "device of the float32 reference, or golden: float64 on the CPU (default: cpu; golden for a device against itself)"
     )
-    group.add_argument("--reference", default="cpu", help="device of the float32 reference: cpu, cuda or cuda:N (default: cpu)")
-    group.add_argument(
-        "--threshold_percent", type=float, default=1.0, metavar="P", help="bar for relative errors in percent (default: 1.0)"
+    add("--reference", type=_reference, default="cpu", help=help_reference)
+    add(
+        "--threshold_percent",
+        type=_bar(math.inf),
+        default=1.0,
+        metavar="P",
+        help="bar for relative errors in percent (default: 1.0)",
     )
-    group.add_argument(
-        "--cosine_threshold", type=float, default=0.9999, metavar="C", help="bar for the cosine similarity (default: 0.9999)"
+    add(
+        "--cosine_threshold",
+        type=_bar(1.0),
+        default=0.9999,
+        metavar="C",
+        help="bar for the cosine similarity (default: 0.9999)",
     )
-    group.add_argument(
-        "--sweep", action="store_true", help="compare all dtypes of the device: which is the fastest within the bar"
-    )
-    group.add_argument("--batch_size", type=inference.positive_int, default=8, metavar="N", help="images at once (default: 8)")
-    group.add_argument(
-        "--neighbour_photos",
-        type=inference.positive_int,
-        default=16,
-        metavar="N",
-        help="photos in the neighbour check (default: 16)",
-    )
+    add("--batch_size", type=inference.positive_int, default=8, metavar="N", help="images at once (default: 8)")
+    add("--sweep", action="store_true", help="compare all arithmetics of the device: which is the fastest within the bar")
+    add("--recipe", action="store_true", help="find how many layers must stay in float32 for bfloat16 to keep the bar")
+    views = f"views of the photos for the neighbour check, 0 for none (default: {VIEWS} where they take less than two minutes)"
+    add("--views", type=_count(100), metavar="N", help=views)
+    digits = f"scikit-learn's digits for the linear probe, 0 for none (default: {DIGITS} where they take less than two minutes)"
+    add("--probe", type=_count(100), metavar="N", help=digits)
     inference.add_model_arguments(parser)
     return parser
 
