@@ -167,9 +167,10 @@ def _deep_glob(pattern: str) -> list[str]:
     """Files that a glob with ** names; glob.glob would list one anew for each way that a circle of links leads to it."""
     base, _, rest = pattern.partition("**")
     roots = glob.glob(base) if base else ["."]
-    found = (os.path.normpath(path) for root in roots for path in inference.walk_files(root))
-    wanted = rest.strip("/") or "*"
-    return sorted({path for path in found if PurePath(path).match(wanted)})
+    if not rest.strip("/*"):
+        return sorted(roots)
+    found = {os.path.normpath(path) for root in roots for path in inference.walk_files(root)}
+    return sorted(path for path in found if PurePath(path).match(rest.strip("/")))
 
 
 def _list_given(images: ImageList, path: str) -> None:
@@ -591,6 +592,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rank, self.ranks, self.run = which_rank()
+        self.lockable = True
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -613,10 +615,12 @@ class FolderLock:
 
     def _lock(self, how: int, byte: int = 0) -> bool:
         try:
-            fcntl.lockf(self.file, how, 1, byte)
+            if self.lockable:
+                fcntl.lockf(self.file, how, 1, byte)
         except (BlockingIOError, PermissionError):
             return False
         except OSError as error:
+            self.lockable = False
             log.warning(f"{self.folder}: no locks there ({error.strerror}); see to it that no other run writes to it")
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import itertools
 import json
@@ -130,6 +131,7 @@ def test_links_are_followed_but_not_in_circles(tree):
     found = list_images([str(tree / "**" / "*.*i*")])
     assert names(found, tree) == ["e.gif", "sub/deep/d.tif"]
     assert names(list_images([str(tree / "**" / "deep" / "*")]), tree) == ["sub/deep/d.tif"]
+    assert len(list_images([str(tree / "**")])) == 7
 
 
 def test_globs_files_and_repeats_keep_the_order_they_were_given_in(tree):
@@ -209,6 +211,12 @@ def test_a_damaged_caption_costs_no_image(bulk, tmp_path):
     assert part["index"].tolist() == [0, 1, 2, 3, 4]
     assert part["caption"].tolist() == ["", "", "", "", "\ufffd"]
     assert part["url"].tolist() == ["", "", "5", "", ""]
+
+
+def test_a_long_caption_does_not_fill_the_memory(bulk, tmp_path):
+    members = {"1.jpg": (SAMPLES / "chelsea.jpg").read_bytes(), "1.txt": b"long " * 200_000}
+    part = np.load(bulk(images=make_tar(tmp_path / "a.tar", members)).parts[0])
+    assert part["caption"].tolist() == ["long " * 800]
 
 
 def test_a_list_may_name_members_of_tars(shard, tmp_path):
@@ -695,6 +703,33 @@ def test_a_file_that_may_not_be_read_is_no_bad_image(bulk, monkeypatch, photos, 
     done = bulk()
     assert (done.code, len(done.parts)) == (2, 4)
     assert "06.jpg: Permission denied" in done.log
+
+
+def test_a_lack_of_memory_is_no_bad_image(bulk, monkeypatch, tmp_path):
+    real = Image.open
+
+    def short(file, **options):
+        if file.getbuffer().nbytes == 0x99999:
+            raise MemoryError
+        return real(file, **options)
+
+    monkeypatch.setattr(Image, "open", short)
+    photo = (SAMPLES / "chelsea.jpg").read_bytes()
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jpg").write_bytes(photo + bytes(0x99999 - len(photo) if name == "b" else 0))
+    done = bulk("--part_size", 1, images=tmp_path)
+    assert (done.code, len(done.parts)) == (2, 1)
+    assert "b.jpg: not enough memory to decode it" in done.log
+
+
+def test_where_no_locks_are_it_is_said_once(bulk, monkeypatch):
+    def none(*_arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    done = bulk()
+    assert (done.code, len(done.parts)) == (0, 5)
+    assert done.log.count("no locks there (No locks available)") == 1
 
 
 def test_wrong_lines_cost_only_themselves(bulk, photos, tmp_path):
