@@ -168,7 +168,9 @@ def read_photos(arguments: Sequence[str]) -> tuple[list[str], list[Image.Image]]
             photo = inference.decode(inference.read_bytes(path))
         except (inference.BadImage, inference.Unreadable) as error:
             raise UsageError(f"{path}: {error}") from error
-        photos += [photo] * (len(photos) < 16)
+        if len(photos) < 16:
+            photo.thumbnail((1024, 1024))  # views need no more
+            photos.append(photo)
     return paths[:MAX_IMAGES], photos
 
 

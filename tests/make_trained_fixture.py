@@ -34,7 +34,7 @@ CONFIG = {
     "layer_norm_eps": 1e-6,
 }
 CROPS, STEPS, STEPS_WITH_OUTLIERS, BATCH = 1500, 800, 400, 32
-OUTLIER_TOKENS, OUTLIER_CHANNELS, OUTLIER = (1, 20, 43), (7, 50), 20.0
+OUTLIER_TOKENS, OUTLIER_CHANNELS, OUTLIER = (1, 20, 43), (7, 50), 100.0
 
 
 def photos() -> list[Image.Image]:

@@ -286,26 +286,6 @@ def test_what_takes_too_long_is_not_run_unless_asked_for():
     assert worth.how_many(parse(["--probe", "500"]), 1.0)[0]["probe"] == 500
 
 
-def test_worth_is_measured_on_trained_weights(evaluate):
-    pytest.importorskip("sklearn")
-    done = evaluate("--views", 100, "--probe", 200, device="cpu", folder=TRAINED)
-    found = done.result["worth"]
-    assert (found["views"], found["digits"], found["task"]) == (100, 200, "kept")
-    for name in worth.FEATURES:
-        assert found[name]["same_nearest_percent"] == found[name]["same_five_nearest_percent"] == 100.0
-        assert found[name]["float32_probe_percent"] > 40  # one in ten by chance
-        assert 0 < found[name]["centred_relative_l2_error"] < 1e-5
-    assert "Smallest bar that float32 meets: 0.0001%; task: kept" in done.log
-
-
-def test_bfloat16_moves_some_neighbours_of_trained_features(evaluate):
-    done = evaluate("--dtype", "bfloat16", "--views", 100, "--probe", 0, device="cpu", folder=TRAINED)
-    found = done.result["worth"]["class_token"]
-    assert 80 <= found["same_nearest_percent"] < 100  # views so easy that nothing moves would tell nothing
-    assert found["centred_relative_l2_error"] > done.result["class_token"]["relative_l2_error"]
-    assert done.result["worth"]["task"] == "not run: --probe 0"
-
-
 def test_without_scikit_learn_the_probe_says_what_to_install(evaluate, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     done = evaluate("--views", 0, "--probe", 100, device="cpu")
@@ -464,8 +444,6 @@ def test_hf32_is_found_and_traced_to_the_patch_embedding(npu, evaluate):
 
 
 def test_a_run_leaves_the_switches_as_it_was_asked_to(npu, evaluate):
-    evaluate("--sweep")
-    assert (npu.module.conv.allow_hf32, npu.module.matmul.allow_hf32) == (False, False)
     evaluate("--allow_hf32", "--dtype", "float16")
     assert (npu.module.conv.allow_hf32, npu.module.matmul.allow_hf32) == (True, True)
 
@@ -635,16 +613,8 @@ def test_the_sweep_compares_every_arithmetic_and_recommends_the_fastest_within_t
         > rows["float16"]["smallest_bar_percent"]
         > rows[strict]["smallest_bar_percent"]
     )
+    assert (npu.module.conv.allow_hf32, npu.module.matmul.allow_hf32) == (False, False)
     assert re.search(r"float16 +\d\.\d\de-0\d +\d\.\d\de-0\d +\d\.\d{4} +PASS +patch embedding", done.log)
-
-
-def test_error_and_worth_stand_side_by_side_in_the_sweep(evaluate):
-    pytest.importorskip("sklearn")
-    done = evaluate("--sweep", "--views", 100, "--probe", 100, device="cpu", folder=TRAINED)
-    for row in done.result["sweep"]:
-        assert row["worth"]["views"] == 100 and row["worth"]["digits"] == 100
-        assert row["worth"]["task"] in ("kept", "lost")
-    assert done.result["sweep"][0]["worth"]["class_token"]["same_nearest_percent"] == 100.0
 
 
 @pytest.mark.parametrize("wanted", range(8))
@@ -656,7 +626,11 @@ def test_bisection_finds_what_a_plain_search_finds(wanted):
 
 def test_the_recipe_names_the_layers_that_must_stay_in_float32(evaluate):
     flags = ("--dtype", "bfloat16", "--recipe", "--threshold_percent", "1.0")
-    found = evaluate(*flags, device="cpu", folder=TRAINED).result["recipe"]
+    done = evaluate(*flags, device="cpu", folder=TRAINED)
+    found = done.result["recipe"]
+    assert all(
+        column.cell(row) != "-" for row in eval_accuracy.recipe_rows(done.result) for column in eval_accuracy.RECIPE_COLUMNS
+    )
     tried = {(row["first"], row["last"]): row for row in found["tried"]}
     assert tried[0, 0]["overall"] == "FAIL"
     best = found["best"]
@@ -707,14 +681,23 @@ TABLES = (
 )
 
 
-def test_every_column_has_values_and_both_headings(evaluate):
+def test_a_whole_run_has_error_beside_worth_and_a_value_in_every_column(evaluate):
     pytest.importorskip("sklearn")
-    result = evaluate("--sweep", "--recipe", "--views", 100, "--probe", 100, device="cpu", folder=TRAINED).result
-    for columns, rows_of in TABLES:
-        rows = rows_of(result)
+    done = evaluate("--sweep", "--views", 100, "--probe", 100, device="cpu", folder=TRAINED)
+    for row in done.result["sweep"]:
+        assert (row["worth"]["views"], row["worth"]["digits"]) == (100, 100)
+        assert row["worth"]["task"] in ("kept", "lost")
+    exact, half = done.result["sweep"][0]["worth"]["class_token"], done.result["sweep"][2]["worth"]["class_token"]
+    assert exact["same_nearest_percent"] == exact["same_five_nearest_percent"] == 100.0
+    assert 70 <= half["same_nearest_percent"] < 100  # views so easy that nothing moves would tell nothing
+    assert half["centred_relative_l2_error"] > done.result["sweep"][2]["class_token_relative_l2_error"]
+    assert exact["float32_probe_percent"] > 30  # one in ten by chance
+    assert done.result["worth"]["task"] == "kept"
+    assert "Smallest bar that float32 meets: 0.0001%; task: kept" in done.log
+    for columns, rows_of in TABLES[:-1]:
         for column in columns:
             assert column.en and column.zh
-            assert any(column.cell(row) != "-" for row in rows), column
+            assert any(column.cell(row) != "-" for row in rows_of(done.result)), column
 
 
 def test_the_published_result_fits_the_same_columns():
@@ -727,17 +710,17 @@ def test_the_published_result_fits_the_same_columns():
 
 
 def test_the_log_has_the_published_lines_in_their_order(npu, evaluate):
-    texts = [line.split("] ", 1)[1] for line in evaluate().log.splitlines()]
+    texts = [re.sub(r"0\.000\d%|[01]\.[09]{6}\d+$", "~", line.split("] ", 1)[1]) for line in evaluate().log.splitlines()]
     expected = [
         "Running CPU inference ...",
         "CPU pooler: (6, 128), hidden: (6, 17, 128)",
         "Running NPU inference ...",
         "NPU pooler: (6, 128), hidden: (6, 17, 128)",
         "=== Accuracy Comparison (NPU vs CPU) ===",
-        "Pooler Filtered MRE: 0.0000%",
-        "Pooler Cosine Similarity: 1.000000000",
-        "Hidden States Filtered MRE: 0.0000%",
-        "Hidden States Cosine Similarity: 1.000000000",
+        "Pooler Filtered MRE: ~",
+        "Pooler Cosine Similarity: ~",
+        "Hidden States Filtered MRE: ~",
+        "Hidden States Cosine Similarity: ~",
         "Pooler MRE < 1%: PASS",
         "Pooler Cosine > 0.9999: PASS",
         "Hidden MRE < 1%: PASS",
