@@ -1,84 +1,129 @@
-"""WebSSL-MAE-300M: turn images into features on an Ascend NPU, a GPU or the CPU.
+"""WebSSL-MAE-300M: turn photos into features on an Ascend NPU, a GPU or the CPU.
 
     python inference.py --image_path photo.jpg --device npu
-    python inference.py --image_path photo.jpg --output features.npz --pca picture.png
-    python inference.py --image_path photos/ --output features/ --device npu --dtype float16
-    torchrun --nproc_per_node 8 inference.py --image_path photos/ --output features/ --device npu
+    python inference.py --image_path a.jpg b.png --output features.npz --pca picture.png
 
-One image or a few are run at once, timed, and described in the log and in results/inference.json (results/inference_cpu.json
-and so on for other devices); --output NAME.npz also saves their features. --output FOLDER/ is for any number of images:
-features are written in parts, and the same command goes on where an interrupted run stopped.
+One photo or a few are run at once, timed, and described in the log and in results/inference.json (results/inference_cpu.json
+and so on for other devices). For a folder of any size, a list or a tar: embed.py. From Python:
+
+    model = load_model(open_device("npu"))
+    arrays = features(model, ["photo.jpg"])
 
 Exit codes: 0 done; 1 an evaluation (eval/) missed its bar; 2 wrong usage or unusable input; 3 BLOCKED: the device that was
-asked for cannot be used; 130 stopped by Ctrl-C.
+asked for cannot be used; 70 an error nobody foresaw (its traceback is in the log); 130 stopped.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+STARTED = time.perf_counter()  # what a user waits for begins here
+ROOT = Path(__file__).resolve().parent
 
 # torch >= 2.5 imports torch_npu by itself and fails where CANN is absent, even for a run on the CPU.
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 
-import time
 
-STARTED = time.perf_counter()  # before torch is imported: what a user waits for begins here
+class Stopping:
+    """Answers Ctrl-C, SIGTERM and SIGHUP: the first, while `graceful`, by KeyboardInterrupt, else it ends at once."""
+
+    def __init__(self) -> None:
+        self.graceful = False
+        self.last_words = "stopped; nothing was saved"
+
+    def __call__(self, _signal: int, _frame: object) -> None:
+        if not self.graceful:
+            os.write(2, f"\n{self.last_words}\n".encode())
+            os._exit(130)
+        self.graceful = False
+        raise KeyboardInterrupt
+
+    def listen(self) -> dict[int, Any]:
+        """Take over the signals; returns who answered them before."""
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        return {number: signal.signal(number, self) for number in numbers}
+
+
+stopping = Stopping()
+RUN_AS_SCRIPT = Path(sys.argv[0]).is_file() and Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "eval")
+if RUN_AS_SCRIPT:
+    stopping.listen()  # the imports below take a while
 
 import argparse
 import dataclasses
 import errno
 import glob
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import io
 import json
 import logging
+import logging.handlers
 import math
 import platform
 import re
 import shlex
-import shutil
-import signal
 import stat
 import statistics
 import subprocess
-import sys
-import tarfile
 import uuid
 import warnings
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+try:
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+except ImportError as error:
+    if not RUN_AS_SCRIPT:
+        raise
+    print(f"error: {error}. Run: pip install -r requirements.txt", file=sys.stderr)
+    raise SystemExit(2) from None
 
-ROOT = Path(__file__).resolve().parent
+
+class _Lazy:
+    """A module that is imported when it is first used: --help and a wrong flag need not wait for it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = _Lazy("torch")
+
 MODEL_NAME = "webssl-mae300m-full2b-224"
 HUB_ID = f"facebook/{MODEL_NAME}"
-HUB_COMMIT = "4655a0ac1726c206ba14d5ccb26758c62a4d03b0"
+HUB_COMMITS = {HUB_ID: "4655a0ac1726c206ba14d5ccb26758c62a4d03b0"}
 DEFAULT_MODEL_PATH = f"weights/{MODEL_NAME}"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
 SEED = 0
+LAYER_NORM_EPS = 1e-6  # timm's, with which Meta's native files were trained
 
-# ViT-L/16 as facebookresearch/webssl builds it (timm's vit_large_patch16_224.mae): timm's layer norm eps is 1e-6.
-VIT_LARGE = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "image_size": 224,
-    "patch_size": 16,
-    "layer_norm_eps": 1e-6,
-}
+# What changes how a forward pass is computed, not what it computes; --without switches one off.
+LEVERS = ("folded_patches", "fused_attention")
+
+# Environment variables that change speed or results without a word.
+SILENT_VARIABLES = (
+    *("INF_NAN_MODE_ENABLE", "INF_NAN_MODE_FORCE_DISABLE", "TASK_QUEUE_ENABLE", "CPU_AFFINITY_CONF", "OMP_NUM_THREADS"),
+    *("PYTORCH_NPU_ALLOC_CONF", "ASCEND_LAUNCH_BLOCKING", "TORCH_NPU_USE_COMPATIBLE_IMPL", "ASCEND_RT_VISIBLE_DEVICES"),
+)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"})
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP")
@@ -92,7 +137,11 @@ class UsageError(Exception):
 
 
 class Blocked(Exception):
-    """The device that was asked for cannot be used: exit code 3. The message says what is missing and what to do."""
+    """The device that was asked for cannot be used: exit code 3. What is missing, and what to do about it."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}. {remedy}")
+        self.reason, self.remedy = reason, remedy
 
 
 class BadImage(Exception):
@@ -100,10 +149,10 @@ class BadImage(Exception):
 
 
 class Unreadable(Exception):
-    """The disk or the network did not give a file that may well be good."""
+    """The disk, the network or missing rights did not give a file that may well be good."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, short enough for a message of one line."""
     lines = str(error).strip().splitlines() or [""]
     return lines[0][:300] or type(error).__name__
@@ -120,139 +169,184 @@ class Device:
     name: str
     reason: str
     allow_hf32: bool = False
+    deterministic: bool = False
 
     @property
     def kind(self) -> str:
         return self.torch_device.type
 
 
-def open_device(spec: str = "auto", allow_hf32: bool = False) -> Device:
+def device_spec(text: str) -> str:
+    """An argparse type: auto, cpu, cuda, cuda:1, npu, npu:1."""
+    if not re.fullmatch(r"auto|cpu|(cuda|npu)(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; use auto, cpu, cuda, cuda:N, npu or npu:N")
+    return text
+
+
+def open_device(spec: str = "auto", allow_hf32: bool = False, deterministic: bool = False) -> Device:
     """Make the device `spec` (auto, cpu, cuda, cuda:1, npu, npu:1) ready for use and set its float32 precision.
 
-    Under torchrun, `cuda` and `npu` mean the device of this process's LOCAL_RANK. `auto` takes an NPU, else a GPU, else the CPU.
+    Under torchrun `cuda` and `npu` mean the device of this process's LOCAL_RANK. `auto` takes an NPU, else a GPU, else the CPU.
+    deterministic: the same bits on every run; on an NPU it acts only before the first operator of the process.
     Raises UsageError for a spec that makes no sense and Blocked for a device that cannot be used; it never falls back.
     """
-    kind, _, index = spec.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "npu") or (":" in spec and (kind in ("auto", "cpu") or not index.isdecimal())):
-        raise UsageError(f"--device {spec}: not a device; use auto, cpu, cuda, cuda:N, npu or npu:N")
-    if index and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    try:
+        kind, _, index = device_spec(spec).partition(":")
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--device: {error}") from None
+    if index and rank_of("LOCAL_WORLD_SIZE", 1) > 1:
         raise UsageError(f"--device {spec}: under torchrun each process takes its own device; leave out ':{index}'")
-    position = int(index or os.environ.get("LOCAL_RANK", "0"))
-    if kind == "auto":
-        device = _open_best(position)
-    else:
-        device = {"cpu": _open_cpu, "cuda": _open_cuda, "npu": _open_npu}[kind](position, f"asked for with --device {spec}")
-    set_float32_precision(device.kind, allow_hf32)
-    if device.kind != "npu":
+    position = int(index) if index else rank_of("LOCAL_RANK", 0)
+    reasons = ["chosen by --device auto" if kind == "auto" else f"asked for with --device {spec}"]
+    for candidate in ("npu", "cuda", "cpu") if kind == "auto" else (kind,):
+        try:
+            name = {"cpu": _open_cpu, "cuda": _open_cuda, "npu": _open_npu}[candidate](position, deterministic)
+            break
+        except Blocked as error:
+            if kind != "auto":
+                raise
+            reasons.append(f"no {'NPU' if candidate == 'npu' else 'GPU'}: {error.reason}")
+    set_float32_precision(candidate, allow_hf32, allow_hf32)
+    if candidate != "npu":
         # transformers imports any torch_npu it finds, which fails where CANN is absent.
         sys.modules.setdefault("torch_npu", None)  # type: ignore[arg-type]
-    return dataclasses.replace(device, allow_hf32=allow_hf32)
+    place = torch.device("cpu") if candidate == "cpu" else torch.device(candidate, position)
+    return Device(place, name, "; ".join(reasons), allow_hf32, deterministic)
 
 
-def _open_best(position: int) -> Device:
-    obstacles = []
-    for kind, opener in (("NPU", _open_npu), ("GPU", _open_cuda)):
-        try:
-            return opener(position, "; ".join(["chosen by --device auto", *obstacles]))
-        except Blocked as error:
-            obstacles.append(f"no {kind}: {str(error).split('. ')[0]}")
-    return _open_cpu(0, "; ".join(["chosen by --device auto", *obstacles]))
+def rank_of(variable: str, default: int) -> int:
+    """A number that torchrun sets in the environment. Raises UsageError where it is none."""
+    text = os.environ.get(variable) or str(default)
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UsageError(f"the environment variable {variable} is {text!r}, not a number; unset it, or start with torchrun")
+    return int(text)
 
 
-def _open_cpu(_position: int, reason: str) -> Device:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        fields = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-        name = next((fields[key].strip() for key in fields if key.strip() == "model name"), name)
-    return Device(torch.device("cpu"), f"{name}, {torch.get_num_threads()} threads", reason)
+def _open_cpu(_position: int, _deterministic: bool) -> str:
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def _open_cuda(position: int, reason: str) -> Device:
+def cpu_name() -> str:
+    """The processor's model name, or its architecture where the system does not tell."""
+    with suppress(OSError):
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return found[1].strip() if found else platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def _open_cuda(position: int, _deterministic: bool) -> str:
     if torch.version.cuda is None and torch.version.hip is None:
-        raise Blocked(f"this torch ({torch.__version__}) is built without GPU support. Install a CUDA build of torch")
-    count = torch.cuda.device_count()
-    if not torch.cuda.is_available() or count == 0:
-        visible = _environment_note("CUDA_VISIBLE_DEVICES")
-        raise Blocked(f"torch sees no GPU{visible}. Check the driver with nvidia-smi, and that the container was given a GPU")
-    if position >= count:
-        raise Blocked(f"there is no cuda:{position}: torch sees {count} GPU(s). Use a number below {count}")
-    return _first_use("cuda", position, reason)
+        raise Blocked(f"this torch ({torch.__version__}) is built without GPU support", "Install a CUDA build of torch")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return _first_use("cuda", position, count, "nvidia-smi, and that the container was given a GPU")
 
 
-def _open_npu(position: int, reason: str) -> Device:
+def _open_npu(position: int, deterministic: bool) -> str:
     if sys.modules.get("torch_npu", "never looked for") is None:
         del sys.modules["torch_npu"]
     if importlib.util.find_spec("torch_npu") is None:
-        raise Blocked(
-            f"torch_npu is not installed. Install the torch_npu that goes with torch {torch.__version__} (README: versions)"
-        )
-    _check_torch_npu_version()
+        raise Blocked("torch_npu is not installed", "Run eval/env_check.py: it prints the line that installs what fits here")
+    with suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("torch_npu")
+        if version.split(".")[:2] != torch.__version__.split(".")[:2]:
+            reason = f"torch {torch.__version__} and torch_npu {version} do not go together"
+            raise Blocked(reason, "Install the same version of both")
+    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "")
+    numbers = [int(number) for number in re.findall(r"[0-9]+", visible)]
+    if numbers != sorted(set(numbers)):
+        reason = f"ASCEND_RT_VISIBLE_DEVICES={visible} is not in ascending order, with which CANN finds no device"
+        raise Blocked(reason, f"Set it to {','.join(map(str, sorted(set(numbers))))}")
     try:
         import torch_npu  # noqa: F401
 
+        if deterministic:  # only a thread's first setting acts; matmul and layer norm are not deterministic without
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         count = torch.npu.device_count() if torch.npu.is_available() else 0
+        if count:
+            torch.npu.config.allow_internal_format = False  # or conv2d takes a path that no graph captures on Atlas A2
+            set_float32_precision("npu", False, False)
     except Exception as error:
-        raise Blocked(_explain_import_failure(error)) from error
-    if count == 0:
-        visible = _environment_note("ASCEND_RT_VISIBLE_DEVICES")
-        raise Blocked(
-            f"torch_npu sees no NPU{visible}. Check the driver with npu-smi info, and that the container was given /dev/davinci*"
-        )
-    if position >= count:
-        raise Blocked(f"there is no npu:{position}: torch_npu sees {count} NPU(s). Use a number below {count}")
-    return _first_use("npu", position, reason)
+        raise _explain_npu(error, "torch_npu cannot be used", "Run eval/env_check.py to see the whole environment") from error
+    return _first_use("npu", position, count, "npu-smi info, and that the container was given /dev/davinci*")
 
 
-def _environment_note(variable: str) -> str:
-    return f" ({variable}={os.environ[variable]})" if variable in os.environ else ""
+# What the errors of torch_npu 2.9.0 to 2.14.0 and CANN 8.5 mean: a part of the text, the reason, what to do.
+NPU_ERRORS = (
+    (
+        "cannot open shared object file",
+        "CANN is not installed or not set up",
+        "Install CANN, then run: source /usr/local/Ascend/cann/set_env.sh (before CANN 8.5: .../ascend-toolkit/set_env.sh)",
+    ),
+    (
+        "Two accelerators",
+        "torch_npu cannot work beside a CUDA build of torch on a machine with a GPU",
+        "Install the CPU build of torch",
+    ),
+    (
+        "undefined symbol",
+        "torch_npu does not fit this torch or this CANN",
+        "Install a recommended pair: eval/env_check.py names it",
+    ),
+    (
+        "500001",
+        "CANN's compiler cannot start",
+        "Check numpy<2, decorator, attrs, psutil, scipy, protobuf, sympy, cffi; the log is below ~/ascend/log",
+    ),
+)
 
 
-def _check_torch_npu_version() -> None:
-    try:
-        version = importlib.metadata.version("torch_npu")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    if version.split(".")[:2] != torch.__version__.split(".")[:2]:
-        raise Blocked(f"torch {torch.__version__} and torch_npu {version} do not go together. Install the same version of both")
+def _explain_npu(error: Exception, otherwise: str, remedy: str) -> Blocked:
+    for part, reason, what_to_do in NPU_ERRORS:
+        if part in str(error):
+            return Blocked(f"{reason} ({first_line(error)})", what_to_do)
+    return Blocked(f"{otherwise} ({first_line(error)})", remedy)
 
 
-def _explain_import_failure(error: Exception) -> str:
-    text = first_line(error)
-    if "cannot open shared object file" in text:
-        return f"CANN is not installed or not set up ({text}). Install CANN, then run: source /usr/local/Ascend/ascend-toolkit/set_env.sh"
-    if "Two accelerators" in text:
-        return "torch_npu cannot work beside a CUDA build of torch on a machine with a GPU. Install the CPU build of torch"
-    if "undefined symbol" in text:
-        return f"torch_npu does not fit this torch or this CANN ({text}). Install versions that go together (README: versions)"
-    return f"torch_npu cannot be imported ({text}). Run eval/env_check.py to see the whole environment"
-
-
-def _first_use(kind: str, position: int, reason: str) -> Device:
+def _first_use(kind: str, position: int, count: int, check: str) -> str:
     """Allocate and compute once: a device that is listed may still be held by another process or have a failing driver."""
+    label, variable = {"cuda": ("GPU", "CUDA_VISIBLE_DEVICES"), "npu": ("NPU", "ASCEND_RT_VISIBLE_DEVICES")}[kind]
+    if not count:
+        visible = f" ({variable}={os.environ[variable]})" if variable in os.environ else ""
+        raise Blocked(f"torch sees no {label}{visible}", f"Check {check}")
+    if position >= count:
+        raise Blocked(f"there is no {kind}:{position}: torch sees {count} {label}(s)", f"Use a number below {count}")
     backend = torch.get_device_module(kind)
     try:
         backend.set_device(position)
         torch.zeros(1, device=f"{kind}:{position}").add_(1)
         backend.synchronize()
-        return Device(torch.device(kind, position), backend.get_device_name(position), reason)
-    except RuntimeError as error:
-        raise Blocked(
-            f"{kind}:{position} is listed but fails at first use ({first_line(error)}). Check that no other process holds it"
-        ) from error
+        return backend.get_device_name(position)
+    except Exception as error:
+        failed = f"{kind}:{position} is listed but fails at first use"
+        raise _explain_npu(error, failed, "Check that no other process holds it") from error
 
 
-def set_float32_precision(kind: str, allow_hf32: bool) -> None:
-    """Allow or forbid rounded float32 on all devices of a kind.
+def set_float32_precision(kind: str, convolutions: bool, products: bool) -> None:
+    """Allow or forbid rounded float32 on all devices of a kind, in convolutions and in matrix products.
 
     Left alone, torch_npu rounds the inputs of float32 convolutions to HF32, and cuDNN to TF32.
     """
     if kind == "npu":
-        torch.npu.conv.allow_hf32 = allow_hf32
-        torch.npu.matmul.allow_hf32 = allow_hf32
+        torch.npu.conv.allow_hf32 = convolutions
+        torch.npu.matmul.allow_hf32 = products
     elif kind == "cuda":
-        precision = "tf32" if allow_hf32 else "ieee"
-        torch.backends.cudnn.conv.fp32_precision = precision
-        torch.backends.cuda.matmul.fp32_precision = precision
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if convolutions else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if products else "ieee"
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it hides, says that memory ran out.
+
+    torch_npu 2.9.0 raises a plain RuntimeError, later ones torch.OutOfMemoryError; the CPU's allocator has words of its own.
+    """
+    while error is not None:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        if isinstance(error, RuntimeError) and re.search(r"out of memory|allocate memory|create a memory", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def synchronize(device: Device) -> None:
@@ -260,22 +354,56 @@ def synchronize(device: Device) -> None:
     torch.get_device_module(device.torch_device).synchronize()
 
 
+def time_once(device: Device, run: Callable[[], Any]) -> float:
+    """Seconds from a synchronised device until all that `run` queues on it is done."""
+    synchronize(device)
+    started = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
 def peak_memory_mb(device: Device) -> float:
     """Peak memory in MiB: allocated on an accelerator since it was last reset, resident for this process on the CPU."""
-    if device.kind == "cpu":
-        return _peak_resident_bytes() / 2**20
-    return torch.get_device_module(device.torch_device).max_memory_allocated(device.torch_device) / 2**20
-
-
-def _peak_resident_bytes() -> int:
+    if device.kind != "cpu":
+        return torch.get_device_module(device.torch_device).max_memory_allocated(device.torch_device) / 2**20
     import resource
 
-    with suppress(OSError, AttributeError):  # getrusage would give the peak of the process that started this one, if larger
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    with suppress(OSError, TypeError):  # getrusage would give the peak of the process that started this one, if larger
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
+
+
+class Card(NamedTuple):
+    """A published encoder, by its dimensions (facebookresearch/webssl mae/mae.py); the MLP is 4 times as wide."""
+
+    hub_id: str
+    width: int
+    layers: int
+    heads: int
+    patch_size: int
+
+
+CARDS = (
+    Card(HUB_ID, 1024, 24, 16, 16),
+    Card("facebook/webssl-mae700m-full2b-224", 1280, 32, 16, 14),
+    Card("facebook/webssl-mae1b-full2b-224", 1536, 40, 24, 14),
+    Card("facebook/webssl-mae2b-full2b-224", 2688, 24, 21, 14),
+    Card("facebook/webssl-mae3b-full2b-224", 3072, 26, 24, 14),
+)
+
+
+def identify(config: Any) -> str:
+    """Hub id of the published encoder with these dimensions, or "another model" with the dimensions."""
+    found = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.patch_size)
+    for card in CARDS:
+        if found == tuple(card)[1:] and config.intermediate_size == 4 * card.width:
+            return card.hub_id
+    width, layers, heads, patch = found
+    return f"another model ({width} wide, {layers} layers, {heads} heads, patches of {patch})"
 
 
 @dataclass(frozen=True)
@@ -286,16 +414,14 @@ class Weights:
     path: str | None = None
     seed: int | None = None
     files: dict[str, Future] = field(default_factory=dict)
+    note: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """JSON for results: source, and path and sha256 of each file (waits for the hashes) or the seed."""
         if self.source == "random":
             return {"source": "random", "note": "random weights: not the model, features mean nothing", "seed": self.seed}
-        return {
-            "source": self.source,
-            "path": self.path,
-            "sha256": {name: future.result() for name, future in self.files.items()},
-        }
+        hashes = {name: future.result() for name, future in self.files.items()}
+        return {"source": self.source, "path": shown_path(self.path or ""), "sha256": hashes, "note": self.note}
 
     @property
     def label(self) -> str:
@@ -314,20 +440,34 @@ class LoadedModel:
     parameters: int
     missing_keys: list[str]
     pooler: str
+    name: str
+    levers: tuple[str, ...]
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def is_evidence(self) -> bool:
+        """Whether these are weights that the page may speak of: a checkpoint with the card's dimensions."""
+        return self.weights.source == "checkpoint" and self.name == HUB_ID and self.weights.note is None
 
-@dataclass(frozen=True)
+    @property
+    def title(self) -> str:
+        """What log and pictures call the model."""
+        name = self.name.rpartition("/")[2] if self.name.startswith("facebook/") else self.name
+        note = "random weights" if self.weights.source == "random" else self.weights.note
+        return f"{name} ({note})" if note else name
+
+
+@dataclass
 class _Checkpoint:
     """What was read of a checkpoint before any model is built; the tensors go by the hub's names."""
 
     model_class: Any
     config: Any
     state_dict: dict[str, torch.Tensor]
-    weights: Weights
+    files: list[Path]
     preprocess: Preprocess
 
 
@@ -336,41 +476,53 @@ def load_model(
     model_path: str = DEFAULT_MODEL_PATH,
     dtype: str = "float32",
     image_size: int | None = None,
+    resize: str = "crop",
     random_weights: bool = False,
     trust_remote_code: bool = False,
+    allow_unlocked: bool = False,
+    levers: Sequence[str] = LEVERS,
+    exact_gelu: bool = True,
 ) -> LoadedModel:
     """Load a ViT through transformers and put it on `device` in eval mode.
 
-    model_path: a folder in transformers' layout, a hub id, or Meta's native .pth (a state dict in timm's names). dtype: a key of
+    model_path: a folder in transformers' layout, a hub id, or Meta's native .pth (a state dict in timm's names). dtype: one of
     DTYPES. image_size: side of the square input in pixels, a multiple of the patch size; None takes the checkpoint's own.
-    Raises UsageError for anything that cannot be loaded whole: wrong path, broken file, other architecture, missing keys.
+    resize: a key of RESIZES. levers: those of LEVERS to use where the device has them; () leaves transformers' forward pass as
+    it is. exact_gelu=False leaves torch_npu's tanh GELU. Raises UsageError for anything that cannot be loaded whole, and for
+    files whose hash is not the one that locked_models.md records.
     """
-    # Importing transformers takes seconds: a mistyped flag or a missing device should not wait for it.
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    missing: list[str] = []
+    wanted, missing = getattr(torch, dtype), []
     if random_weights:
-        module, weights, preprocess = _random_model(DTYPES[dtype]), Weights("random", seed=SEED), Preprocess()
+        module, weights, preprocess = _random_model(wanted), Weights("random", seed=SEED), Preprocess()
+        name = identify(module.config)
     else:
         location = find_weights(model_path)
-        read = _read_native if location.is_file() else _read_folder
-        checkpoint = read(location, model_path, DTYPES[dtype], trust_remote_code)
-        module, missing = _build(checkpoint, DTYPES[dtype])
-        weights, preprocess = checkpoint.weights, checkpoint.preprocess
+        checkpoint = (_read_native if location.is_file() else _read_folder)(location, wanted, trust_remote_code)
+        hashes = sha256_in_background(checkpoint.files)
+        module, missing = _build(checkpoint, wanted, model_path)
+        preprocess, name = checkpoint.preprocess, identify(module.config)
+        weights = Weights("checkpoint", model_path, files=hashes, note="looks untrained" if _looks_untrained(module) else None)
+        check_lock(name, weights, allow_unlocked)
     pooler = _settle_pooler(module, missing)
-    preprocess = preprocess.for_image_size(image_size)
+    preprocess = preprocess.resized(image_size, resize)
     _resize_position_embeddings(module, preprocess.image_size)
     parameters = sum(parameter.numel() for parameter in module.parameters())
+    module = module.eval().requires_grad_(False)
     try:
-        module = module.eval().requires_grad_(False).to(device.torch_device)
-    except torch.OutOfMemoryError as error:
+        used = apply_levers(module, device, preprocess, levers, exact_gelu)
+        module = module.to(device.torch_device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise UsageError(f"{device.torch_device} has too little memory for the model; try --dtype float16") from error
-    return LoadedModel(module, device, DTYPES[dtype], preprocess, weights, parameters, missing, pooler)
+    return LoadedModel(module, device, wanted, preprocess, weights, parameters, missing, pooler, name, used)
 
 
-def _build(checkpoint: _Checkpoint, dtype: torch.dtype) -> tuple[torch.nn.Module, list[str]]:
+def _build(checkpoint: _Checkpoint, dtype: torch.dtype, label: str) -> tuple[torch.nn.Module, list[str]]:
     """Let transformers build the model around the tensors: no initialisation, no copy, its own renaming of old keys.
 
     Returns the model and the keys that were missing: none, or those of the pooler. Any other difference is a UsageError.
@@ -384,13 +536,13 @@ def _build(checkpoint: _Checkpoint, dtype: torch.dtype) -> tuple[torch.nn.Module
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below by name, where transformers would raise without
         )
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"{checkpoint.weights.label}: transformers cannot build the model: {first_line(error)}") from error
+    except Exception as error:
+        raise UsageError(f"checkpoint {label}: transformers cannot build the model: {first_line(error)}") from error
     for kind, verb in (("missing", "lacks"), ("unexpected", "has unexpected"), ("mismatched", "has the wrong shape for")):
         names = sorted(key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"])
         if names and (kind, names) != ("missing", POOLER_KEYS):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UsageError(f"{checkpoint.weights.label}: it {verb} {', '.join(names[:3])}{more}; nothing was loaded")
+            raise UsageError(f"checkpoint {label}: it {verb} {', '.join(names[:3])}{more}; nothing was loaded")
     return module, sorted(info["missing_keys"])
 
 
@@ -398,11 +550,13 @@ def find_weights(model_path: str) -> Path:
     """Local folder or file of `model_path`, downloaded where it is a hub id. Raises UsageError if there is none."""
     is_default = model_path.rstrip("/") == DEFAULT_MODEL_PATH
     path = ROOT / model_path if is_default else Path(model_path).expanduser()
-    if path.is_dir() or path.is_file():
+    if os.path.isdir(path) or os.path.isfile(path):
         return path
     if is_default:
         return _download(HUB_ID, f"there are no weights at {DEFAULT_MODEL_PATH}, and ")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_path) and not (path.parent.exists() or (ROOT / path.parent).exists()):
+    if re.fullmatch(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}", model_path) and not any(
+        os.path.exists(folder / path.parent) for folder in (Path(), ROOT)
+    ):
         return _download(model_path, f"--model_path {model_path}: not a folder or file here, and ")
     raise UsageError(f"--model_path {model_path}: no such folder or file")
 
@@ -411,14 +565,14 @@ def _download(hub_id: str, context: str) -> Path:
     import huggingface_hub
 
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    commit = HUB_COMMIT if hub_id == HUB_ID else None
+    commit = HUB_COMMITS.get(hub_id)
     wanted = {"repo_id": hub_id, "revision": commit, "allow_patterns": ["*.json", "*.safetensors", "*.py"]}
-    if commit is not None:
+    if commit is not None or huggingface_hub.constants.HF_HUB_OFFLINE:
         with suppress(OSError):  # a pinned commit never changes: what is in the cache needs no network
             folder = Path(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
             if any(folder.glob("*.safetensors")):
                 return folder
-    log.info("Downloading %s from %s ...", hub_id, endpoint)
+    log.info(f"Downloading {hub_id} from {endpoint} ...")
     try:
         # One plain question first: snapshot_download tries again for half a minute where there is no network.
         huggingface_hub.HfApi().repo_info(hub_id, revision=commit, timeout=10)
@@ -432,26 +586,27 @@ def _download(hub_id: str, context: str) -> Path:
         ) from error
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object. Raises UsageError naming the file where it is anything else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {what} cannot be read ({error})") from error
+        raise UsageError(f"{path}: {what} cannot be read ({first_line(error)})") from error
     if not isinstance(data, dict):
         raise UsageError(f"{path}: {what} is not a JSON object")
     return data
 
 
-def _read_folder(folder: Path, model_path: str, dtype: torch.dtype, trust_remote_code: bool) -> _Checkpoint:
+def _read_folder(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> _Checkpoint:
     if not (folder / "config.json").is_file():
-        raise UsageError(f"--model_path {model_path}: no config.json in it; a folder in transformers' layout is wanted")
+        raise UsageError(f"--model_path {folder}: no config.json in it; a folder in transformers' layout is wanted")
     model_class, config = _read_config(folder, trust_remote_code)
     files = _safetensors_files(folder)
     state_dict: dict[str, torch.Tensor] = {}
     for file in files:
         state_dict |= _read_safetensors(file, dtype)
-    weights = Weights("checkpoint", model_path, files=sha256_in_background(files))
-    return _Checkpoint(model_class, config, state_dict, weights, read_preprocess(folder, config.image_size))
+    described = [folder / name for name in ("config.json", "preprocessor_config.json") if (folder / name).is_file()]
+    return _Checkpoint(model_class, config, state_dict, described + files, read_preprocess(folder, config.image_size))
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -460,15 +615,22 @@ def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     path = folder / "config.json"
-    fields = _read_json(path, "the model's configuration")
-    own_code = fields.get("auto_map", {}).get("AutoModel")
+    fields = read_json(path, "the model's configuration")
+    for name in ("image_size", "patch_size"):  # a pair of equal edges is legal too
+        edges = fields.get(name)
+        if isinstance(edges, list) and len(set(map(str, edges))) == 1:
+            fields[name] = edges[0]
+    own_code = fields["auto_map"].get("AutoModel") if isinstance(fields.get("auto_map"), dict) else None
     try:
         if own_code and trust_remote_code:
-            log.warning("--trust_remote_code: running the Python code that comes with %s", folder)
+            log.warning(f"--trust_remote_code: running the Python code that comes with {folder}")
             config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
             return get_class_from_dynamic_module(own_code, str(folder)), config
         if fields.get("model_type") == "vit":
-            return ViTModel, ViTConfig.from_dict(fields)
+            config = ViTConfig.from_dict(fields)
+            if config.image_size < 1 or config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
+                raise ValueError("image_size, hidden_size and num_attention_heads do not fit together")
+            return ViTModel, config
     except Exception as error:
         raise UsageError(f"{path}: not a usable configuration ({first_line(error)})") from error
     hint = "; it brings its own code, which runs only with --trust_remote_code" if own_code else ""
@@ -477,14 +639,22 @@ def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
 
 def _safetensors_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(_read_json(index, "the index of the weight files").get("weight_map", {}).values()))
-    else:
-        names = ["model.safetensors"]
+        weight_map = read_json(index, "the index of the weight files").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UsageError(f"{index}: its weight_map does not name files; fetch the file again")
+        names = sorted(set(weight_map.values()))
     for name in names:
         if not (folder / name).is_file():
             raise UsageError(f"{folder}: {name} is missing; only safetensors files (or Meta's native .pth) are read")
     return [folder / name for name in names]
+
+
+def _in_dtype(path: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        raise UsageError(f"{path}: {name} holds {str(tensor.dtype).removeprefix('torch.')} values, not floating-point weights")
+    return tensor.to(dtype)
 
 
 def _read_safetensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -495,12 +665,12 @@ def _read_safetensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]
         with safe_open(path, "pt") as file:
             names = list(file.keys())
             if dtype == torch.float32:
-                return {name: file.get_tensor(name).to(dtype) for name in names}
+                return {name: _in_dtype(path, name, file.get_tensor(name), dtype) for name in names}
         tensors = {}
         for name in names:
             # Opened anew for each tensor, so that the pages of the file do not stay in memory beside the converted copy.
             with safe_open(path, "pt") as file:
-                tensors[name] = file.get_tensor(name).to(dtype)
+                tensors[name] = _in_dtype(path, name, file.get_tensor(name), dtype)
         return tensors
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path}: {_damage(path)} ({first_line(error)}); fetch the file again") from error
@@ -514,38 +684,57 @@ def _damage(path: Path) -> str:
     return "empty" if not start else "truncated or damaged"
 
 
-def _read_native(path: Path, model_path: str, dtype: torch.dtype, _trust_remote_code: bool) -> _Checkpoint:
-    """Meta's .pth: a plain state dict in timm's names, without a pooler."""
+def _read_native(path: Path, dtype: torch.dtype, _trust_remote_code: bool) -> _Checkpoint:
+    """Meta's .pth: a plain state dict in timm's names, without a pooler; or a training checkpoint that holds one as "model"."""
     from transformers import ViTConfig, ViTModel
 
+    zipped = zipfile.is_zipfile(path)
+    if zipped and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+        raise UsageError(f"{path}: a compressed archive, which torch.save never writes; Meta's native .pth is wanted")
     try:
         # Mapped where nothing is converted; else read whole, so that converting can let go of one tensor after another.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=dtype == torch.float32)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and dtype == torch.float32)
     except Exception as error:
         raise UsageError(f"{path}: {_damage(path)}, or not a plain state dict ({first_line(error)})") from error
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        log.info(f"{path}: a training checkpoint; its 'model' is loaded")
+        state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UsageError(f"{path}: not a plain state dict of tensors; Meta's native .pth is wanted")
+    decoder = [name for name in state if name.startswith("decoder_") or name == "mask_token"]
+    if decoder:
+        log.info(f"{path}: {len(decoder)} tensors of the decoder of MAE pre-training (mask_token, decoder_*) are left out")
+    state = {name: state[name] for name in state if name not in decoder}
     try:
-        config = ViTConfig(**_native_config(state))
+        config = ViTConfig(**_native_config(path, state))
     except (KeyError, IndexError) as error:
         raise UsageError(f"{path}: not a ViT in timm's layout: {error} is missing") from error
     for name in list(state):
-        state[name] = state.pop(name).to(dtype)
-    weights = Weights("checkpoint", model_path, files=sha256_in_background([path]))
-    return _Checkpoint(ViTModel, config, map_native_names(state), weights, read_preprocess(path.parent, config.image_size))
+        state[name] = _in_dtype(path, name, state.pop(name), dtype)
+    return _Checkpoint(ViTModel, config, map_native_names(state), [path], read_preprocess(path.parent, config.image_size))
 
 
-def _native_config(state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    hidden_size = state["cls_token"].shape[-1]
+def _native_config(path: Path, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Dimensions of a state dict. The number of heads is not in it: a wrong one gives wrong features without any error."""
+    width = state["cls_token"].shape[-1]
     patch_size = state["patch_embed.proj.weight"].shape[-1]
+    heads = {card.width: card.heads for card in CARDS}.get(width)
+    beside = path.with_name("config.json")
+    if beside.is_file():
+        heads = read_json(beside, "the model's configuration").get("num_attention_heads", heads)
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise UsageError(
+            f"{path}: {width} wide is none of the Web-SSL MAE encoders ({', '.join(str(card.width) for card in CARDS)}), "
+            'and the number of heads is not in the file; put a config.json with {"num_attention_heads": N} beside it'
+        )
     return {
-        "hidden_size": hidden_size,
+        "hidden_size": width,
         "num_hidden_layers": sum(name.endswith(".attn.qkv.weight") for name in state),
-        "num_attention_heads": hidden_size // 64,  # every timm ViT of these families has heads of 64
+        "num_attention_heads": heads,
         "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0],
         "image_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size,
         "patch_size": patch_size,
-        "layer_norm_eps": VIT_LARGE["layer_norm_eps"],
+        "layer_norm_eps": LAYER_NORM_EPS,
     }
 
 
@@ -576,8 +765,8 @@ def map_native_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         stem, _, leaf = name.rpartition(".")
         prefix = ""
         if stem.startswith("blocks."):
-            _, number, stem = stem.split(".", 2)
-            prefix = f"encoder.layer.{number}."
+            _, number, stem = (stem + "..").split(".", 2)
+            prefix, stem = f"encoder.layer.{number}.", stem.rstrip(".")
         if stem == "attn.qkv":
             for part, chunk in zip(("query", "key", "value"), tensor.chunk(3)):
                 mapped[f"{prefix}attention.attention.{part}.{leaf}"] = chunk
@@ -587,44 +776,51 @@ def map_native_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _random_model(dtype: torch.dtype) -> torch.nn.Module:
-    """The exact architecture with seeded weights, in a third of the time that transformers' own initialisation takes.
+    """The exact architecture with seeded weights: matrices uniform with transformers' standard deviation (initializer_range).
 
-    Matrices are uniform with transformers' standard deviation (initializer_range), which is drawn faster than a normal
-    distribution; each has its own generator, so that the result does not depend on the number of threads.
+    A uniform distribution is drawn in a third of the time that transformers' own initialisation takes.
     """
     from transformers import ViTConfig, ViTModel
 
+    _, width, layers, heads, patch_size = CARDS[0]
+    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * width}
+    config = ViTConfig(**shape, image_size=224, patch_size=patch_size, layer_norm_eps=LAYER_NORM_EPS)
     with torch.device("meta"):
-        module = ViTModel(ViTConfig(**VIT_LARGE))
+        module = ViTModel(config)
     module = module.to(dtype).to_empty(device="cpu")
-    bound = math.sqrt(3) * module.config.initializer_range
+    bound = math.sqrt(3) * config.initializer_range
 
-    def draw(seed: int, matrix: torch.Tensor) -> None:
-        values = matrix if dtype == torch.float32 else torch.empty(matrix.shape)
-        matrix.copy_(values.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed)))
+    def draw(
+        numbered: tuple[int, torch.Tensor],
+    ) -> None:  # a generator each: the result does not depend on the number of threads
+        values = torch.empty(numbered[1].shape)
+        numbered[1].copy_(values.uniform_(-bound, bound, generator=torch.Generator().manual_seed(SEED + numbered[0])))
 
-    matrices = [parameter.data for parameter in module.parameters() if parameter.dim() > 1]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(draw, range(SEED, SEED + len(matrices)), matrices))
+        list(pool.map(draw, enumerate(parameter.data for parameter in module.parameters() if parameter.dim() > 1)))
     for name, parameter in module.named_parameters():
         if parameter.dim() == 1:
             parameter.data.fill_(1.0 if "layernorm" in name and name.endswith("weight") else 0.0)
     return module
 
 
+def _looks_untrained(module: torch.nn.Module) -> bool:
+    """Whether every layer norm is as an initialisation leaves it, which no training does."""
+    norms = [part for part in module.modules() if isinstance(part, torch.nn.LayerNorm)]
+    return all(bool((norm.weight == 1).all()) and not bool(norm.bias.any()) for norm in norms)
+
+
 def _settle_pooler(module: torch.nn.Module, missing: list[str]) -> str:
     """State of the pooler; a missing one gets seeded weights, where transformers would draw new ones at each load."""
     if getattr(module, "pooler", None) is None:
         return "none"
-    dense = module.pooler.dense
-    spread = module.config.initializer_range
-    if missing:
-        generator = torch.Generator().manual_seed(SEED)
-        with torch.no_grad():
-            dense.weight.copy_(torch.empty(dense.weight.shape).normal_(0, spread, generator=generator))
-            dense.bias.zero_()
-        return "missing"
-    return classify_pooler(dense.weight, dense.bias, spread)
+    dense, spread = module.pooler.dense, module.config.initializer_range
+    if not missing:
+        return classify_pooler(dense.weight, dense.bias, spread)
+    generator = torch.Generator().manual_seed(SEED)
+    dense.weight.data.copy_(torch.empty(dense.weight.shape).normal_(0, spread, generator=generator))
+    dense.bias.data.zero_()
+    return "missing"
 
 
 def classify_pooler(weight: torch.Tensor, bias: torch.Tensor, initializer_range: float) -> str:
@@ -633,8 +829,7 @@ def classify_pooler(weight: torch.Tensor, bias: torch.Tensor, initializer_range:
     The tolerance is 1% for rounding plus five standard errors of a spread measured on this many weights.
     """
     tolerance = 0.01 + 5 / math.sqrt(2 * weight.numel())
-    spread = weight.float().std().item()
-    as_initialised = not bias.any() and abs(spread / initializer_range - 1) < tolerance
+    as_initialised = not bias.any() and abs(weight.float().std().item() / initializer_range - 1) < tolerance
     return "untrained" if as_initialised else "trained"
 
 
@@ -663,12 +858,12 @@ def _resize_position_embeddings(module: torch.nn.Module, image_size: int) -> Non
 def sha256_in_background(files: Sequence[Path]) -> dict[str, Future]:
     """Start hashing; each future gives a file's SHA-256 in hex."""
     pool = ThreadPoolExecutor(1)
-    futures = {path.name: pool.submit(_sha256, path) for path in files}
+    futures = {path.name: pool.submit(sha256, path) for path in files}
     pool.shutdown(wait=False)
     return futures
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -676,7 +871,31 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_locks(path: Path = ROOT / "locked_models.md") -> dict[tuple[str, str], str]:
+    """SHA-256 by model id and file name: the rows `| model | file | bytes | sha256 |` of locked_models.md that record one."""
+    if not path.is_file():
+        return {}
+    row = r"^\| *`([^`|]+)` *\| *`([^`|]+)` *\|[^|]*\| *`([0-9a-f]{64})` *\|"
+    return {(model, name): digest for model, name, digest in re.findall(row, path.read_text(encoding="utf-8"), re.MULTILINE)}
+
+
+def check_lock(model: str, weights: Weights, allow_unlocked: bool) -> None:
+    """Raises UsageError if a file's hash is not the one that locked_models.md records; waits only where it records one."""
+    locks = read_locks()
+    for name, digest in weights.files.items():
+        locked = locks.get((model, name))
+        if locked is not None and locked != digest.result():
+            message = f"{name}: its sha256 is not the one recorded in locked_models.md for {model} ({locked[:12]}...)"
+            if not allow_unlocked:
+                raise UsageError(
+                    f"{message}; nothing was computed. Fetch the file again, or use --allow_unlocked for other weights"
+                )
+            log.warning(f"{message}; accepted by --allow_unlocked")
+
+
 # --- images ----------------------------------------------------------------------------------------------------------
+
+RESIZES = ("crop", "squash", "256")
 
 
 @dataclass(frozen=True)
@@ -693,17 +912,22 @@ class Preprocess:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
-    def for_image_size(self, image_size: int | None) -> Preprocess:
-        """The same for another input size in pixels, resize and crop in the same proportion."""
-        if image_size is None or image_size == self.image_size:
-            return self
-        if image_size < 1:
-            raise UsageError(f"--image_size {image_size}: a positive number of pixels is wanted")
-        scale = image_size / self.image_size
-        resize = (
-            round(self.resize * scale) if isinstance(self.resize, int) else tuple(round(edge * scale) for edge in self.resize)
-        )
-        return dataclasses.replace(self, resize=resize, image_size=image_size)
+    def resized(self, image_size: int | None = None, resize: str = "crop") -> Preprocess:
+        """The same for another input size in pixels, in the same proportion; resize is one of RESIZES, the official three.
+
+        "crop" keeps the checkpoint's own rule, "squash" resizes both edges without a crop, "256" the short edge to 256 of 224.
+        """
+        size = image_size or self.image_size
+        scale = size / self.image_size
+        if resize == "squash":
+            edges: int | tuple[int, int] = (size, size)
+        elif resize == "256":
+            edges = round(size * 256 / 224)
+        elif isinstance(self.resize, int):
+            edges = round(self.resize * scale)
+        else:
+            edges = (round(self.resize[0] * scale), round(self.resize[1] * scale))
+        return dataclasses.replace(self, resize=edges, image_size=size)
 
 
 # transformers' processors whose fields are understood, and what each assumes of a field that its file leaves out.
@@ -717,8 +941,8 @@ def read_preprocess(folder: Path, image_size: int) -> Preprocess:
     """
     path = folder / "preprocessor_config.json"
     if not path.is_file():
-        return Preprocess().for_image_size(image_size)
-    fields = {name: value for name, value in _read_json(path, "the pre-processing").items() if value is not None}
+        return Preprocess().resized(image_size)
+    fields = {name: value for name, value in read_json(path, "the pre-processing").items() if value is not None}
 
     def take(name: str, convert: Callable[[Any], Any]) -> Any:
         if name not in fields:
@@ -732,30 +956,29 @@ def read_preprocess(folder: Path, image_size: int) -> Preprocess:
     assumed = take("image_processor_type", lambda kind: IMAGE_PROCESSORS[kind.removesuffix("Fast")])
     fields = {"do_convert_rgb": True, **assumed, **fields}
     for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-        take(name, {True: True}.__getitem__)
+        take(name, _require_true)
     resize = take("size", _edges)
     if take("do_center_crop", bool):
         crop = take("crop_size", lambda value: _square(_edges(value), resize))
-    elif isinstance(resize, int) or resize[0] != resize[1]:
-        raise UsageError(f"{path}: size without do_center_crop does not give a square, which is not supported")
     else:
-        crop = resize[0]
+        crop = resize[0] if isinstance(resize, tuple) and resize[0] == resize[1] else 0
         fields.pop("crop_size", None)
-    preprocess = Preprocess(
-        resize=resize,
-        image_size=crop,
-        resample=take("resample", lambda value: int(Image.Resampling(value))),
-        rescale_factor=take("rescale_factor", float),
-        mean=take("image_mean", _colour),
-        std=take("image_std", _colour),
-    )
+    if not crop:
+        raise UsageError(f"{path}: size without do_center_crop does not give a square, which is not supported")
+    colours = {name: take(f"image_{name}", _colour) for name in ("mean", "std")}
+    resample, factor = take("resample", lambda value: int(Image.Resampling(value))), take("rescale_factor", float)
     if fields:
         raise UsageError(f"{path}: field {sorted(fields)[0]!r} is not known to this bundle; remove it if it changes nothing")
-    return preprocess
+    return Preprocess(resize, crop, resample, factor, **colours)
 
 
 def _edges(value: dict[str, int]) -> int | tuple[int, int]:
     return int(value["shortest_edge"]) if value.keys() == {"shortest_edge"} else (int(value["height"]), int(value["width"]))
+
+
+def _require_true(value: Any) -> None:
+    if value is not True:
+        raise ValueError
 
 
 def _square(crop: Any, resize: int | tuple[int, int]) -> int:
@@ -765,200 +988,99 @@ def _square(crop: Any, resize: int | tuple[int, int]) -> int:
     return height
 
 
-def _colour(value: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = value
-    return float(red), float(green), float(blue)
+def _colour(value: Sequence[float]) -> tuple[float, ...]:
+    red, green, blue = map(float, value)
+    return red, green, blue
 
 
-class ImageKey(NamedTuple):
-    """One image: its place in the input list, its name, and where its bytes are (a file, or a stretch of a tar)."""
+def walk_files(folder: str) -> Iterator[str]:
+    """Paths of all files below `folder` in a fixed order; a link back to where the walk has been is not followed."""
 
-    index: int
-    name: str
-    file: str
-    offset: int
-    size: int
-
-
-class ImageList:
-    """Names of any number of images, in order, in about 32 bytes an image more than the names themselves."""
-
-    def __init__(self) -> None:
-        self.ignored = 0
-        self._names = bytearray()
-        self._ends = array("q", [0])
-        self._file_lengths = array("q")  # how much of the name is the path of the file: all of it, but for a member of a tar
-        self._offsets = array("q")
-        self._sizes = array("q")
-
-    def append(self, name: str, file: str | None = None, offset: int = 0, size: int = -1) -> None:
-        self._names += os.fsencode(name)
-        self._ends.append(len(self._names))
-        self._file_lengths.append(len(os.fsencode(name if file is None else file)))
-        self._offsets.append(offset)
-        self._sizes.append(size)
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def __getitem__(self, index: int) -> ImageKey:
-        name = bytes(self._names[self._ends[index] : self._ends[index + 1]])
-        file = name[: self._file_lengths[index]]
-        return ImageKey(index, os.fsdecode(name), os.fsdecode(file), self._offsets[index], self._sizes[index])
-
-    def longest_name(self) -> int:
-        """Length in bytes of the longest name."""
-        return int(np.diff(np.frombuffer(self._ends, np.int64)).max(initial=0))
-
-    def sha256(self) -> str:
-        """Digest of all names in order."""
-        digest = hashlib.sha256(self._names)
-        digest.update(self._ends.tobytes())
-        return digest.hexdigest()
-
-
-def list_images(arguments: Sequence[str]) -> ImageList:
-    """All images that files, folders (recursively), glob patterns, .txt lists of paths and .tar files name, in a fixed order.
-
-    Names that were given are taken whatever their suffix; in folders and tars, files without a suffix of IMAGE_SUFFIXES are
-    counted in `ignored`. Raises UsageError where an argument names nothing or cannot be read, or where no image is found.
-    """
-    images = ImageList()
-    for argument in arguments:
-        if os.path.exists(argument):
-            matches = [argument]
-        else:
-            matches = sorted(glob.glob(argument, recursive=True)) if glob.has_magic(argument) else []
-        if not matches:
-            raise UsageError(f"--image_path {argument}: no such file or folder")
-        for match in matches:
-            try:
-                _list_one(images, match)
-            except (OSError, UnicodeError, tarfile.TarError) as error:
-                raise UsageError(f"--image_path {match}: cannot be read ({error})") from error
-    if not len(images):
-        raise UsageError(f"--image_path {' '.join(arguments)}: no images in it ({images.ignored:,} other files ignored)")
-    return images
-
-
-def _list_one(images: ImageList, path: str) -> None:
-    suffix = os.path.splitext(path)[1].lower()
-    if os.path.isdir(path):
-        _list_folder(images, path)
-    elif suffix == ".txt":
-        _list_lines(images, path)
-    elif suffix == ".tar":
-        _list_tar(images, path)
-    elif path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-        raise UsageError(
-            f"--image_path {path}: a compressed tar cannot be read out of order; unpack it or make it a plain .tar"
-        )
-    else:
-        images.append(path)
-
-
-def _list_folder(images: ImageList, folder: str) -> None:
     def fail(error: OSError) -> None:
         raise error
 
     visited = set()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
         status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in visited:  # a link back to where we have been
+        if (status.st_dev, status.st_ino) in visited:
             folders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
         folders.sort()
-        for name in sorted(files):
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix == ".tar":
-                _list_tar(images, os.path.join(parent, name))
-            elif suffix in IMAGE_SUFFIXES:
-                images.append(os.path.join(parent, name))
-            else:
-                images.ignored += 1
+        yield from (os.path.join(parent, name) for name in sorted(files))
 
 
-def _list_lines(images: ImageList, path: str) -> None:
-    index: tuple[str, dict[str, tarfile.TarInfo]] = ("", {})
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=None) as lines:
-        for line in lines:
-            name = line.rstrip("\r\n")
-            tar, separator, member = name.partition(".tar/")
-            if name.lower().endswith(".tar"):
-                _list_tar(images, name)
-            elif separator and os.path.isfile(tar + ".tar"):
-                if index[0] != tar:
-                    index = (tar, {info.name: info for info in _members(tar + ".tar")})
-                if member not in index[1]:
-                    raise UsageError(f"{path}: {tar}.tar has no member {member}")
-                images.append(name, tar + ".tar", index[1][member].offset_data, index[1][member].size)
-            elif name.strip():
-                images.append(name)
+def is_image_name(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
-def _members(path: str) -> Iterator[tarfile.TarInfo]:
-    with tarfile.open(path, "r:") as tar:
-        while (info := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # or a tar of millions of members stays in memory
-            if info.isfile():
-                yield info
+def find_images(arguments: Sequence[str]) -> list[str]:
+    """Paths of the images that files, globs and folders name, in a fixed order. Raises UsageError where one names nothing."""
+    paths: list[str] = []
+    for argument in arguments:
+        matches = [argument] if os.path.exists(argument) else sorted(glob.glob(argument))
+        if not matches:
+            raise UsageError(f"--image_path {argument}: no such file or folder")
+        for match in matches:
+            if os.path.splitext(match)[1].lower() in (".txt", ".tar"):
+                raise UsageError(f"--image_path {match}: lists and tars are for embed.py, which takes --output FOLDER/")
+            try:
+                paths += filter(is_image_name, walk_files(match)) if os.path.isdir(match) else [match]
+            except OSError as error:
+                raise UsageError(f"--image_path {match}: cannot be read ({error.strerror})") from error
+    if not paths:
+        raise UsageError(f"--image_path {' '.join(arguments)}: no images in it")
+    return paths
 
 
-def _list_tar(images: ImageList, path: str) -> None:
-    for info in _members(path):
-        if os.path.splitext(info.name)[1].lower() in IMAGE_SUFFIXES:
-            images.append(f"{path}/{info.name}", path, info.offset_data, info.size)
-        else:
-            images.ignored += 1
+def read_bytes(path: str, offset: int = 0, size: int = -1) -> bytes:
+    """The bytes of a file, or of a stretch of it. Raises BadImage where the path itself is at fault, else Unreadable.
 
-
-def read_bytes(key: ImageKey) -> bytes:
-    """The bytes of an image. Raises BadImage where the path itself is at fault, Unreadable where the disk or network is.
-
-    A disk or network error is tried again twice. A file that is gone counts as the path's fault while its folder is there:
-    without its folder, a disk is more likely unmounted than emptied.
+    A disk or network error is tried again twice; what is not there, or may not be read, is not.
     """
     for delay in (0.5, 2.0, None):
         try:
-            status = os.stat(key.file)
+            status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
-                raise BadImage("not a regular file" if not stat.S_ISDIR(status.st_mode) else "a folder, not an image")
-            size = status.st_size if key.size < 0 else key.size
+                raise BadImage("a folder, not an image" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+            size = status.st_size if size < 0 else size
             if size > MAX_FILE_BYTES:
                 raise BadImage(f"{size:,} bytes, over the limit of {MAX_FILE_BYTES:,}")
-            with open(key.file, "rb") as file:
-                file.seek(key.offset)
+            with open(path, "rb") as file:
+                file.seek(offset)
                 data = file.read(size)
             if len(data) != size:
                 raise OSError(errno.EIO, "the file is shorter than it was")
             return data
-        except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-            raise BadImage(error.strerror) from error
-        except ValueError as error:
+        except ValueError as error:  # a null byte in the path
             raise BadImage(str(error)) from error
         except OSError as error:
-            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) or (
-                error.errno == errno.ENOENT and os.path.isdir(os.path.dirname(key.file) or ".")
-            ):
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTDIR):
                 raise BadImage(error.strerror) from error
-            if delay is None:
-                raise Unreadable(f"{key.name}: {error.strerror}") from error
+            if delay is None or isinstance(error, PermissionError):
+                raise Unreadable(f"{path}: {error.strerror}") from error
             time.sleep(delay)
     raise AssertionError("unreachable")
 
 
-def decode(data: bytes) -> Image.Image:
-    """An image in RGB or L from the bytes of a file, upright (EXIF), its first frame if it is animated. Raises BadImage."""
-    if not data:
+# EXIF orientation to what turns the picture upright (the numbers: TIFF 6.0, tag 274).
+UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))
+
+
+def decode(data: bytes | Image.Image) -> Image.Image:
+    """An image in RGB or L, upright (EXIF), its first frame if it is animated, from a file's bytes. Raises BadImage."""
+    if data == b"":
         raise BadImage("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large or untidy, but readable: not worth a line on the terminal for each image
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) if isinstance(data, bytes) else data
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb_or_grey(image)
+            orientation = None
+            with suppress(Exception):  # damaged EXIF costs the orientation, not the photo
+                orientation = image.getexif().get(0x0112)
+            upright = _to_rgb_or_grey(image)
+            return upright.transpose(Image.Transpose(UPRIGHT[orientation])) if orientation in UPRIGHT else upright
     except BadImage:
         raise
     except UnidentifiedImageError as error:
@@ -968,14 +1090,8 @@ def decode(data: bytes) -> Image.Image:
 
 
 def _to_rgb_or_grey(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGB", "L") and not image.has_transparency_data:
-        return image  # grey stays grey until it is resized, at a third of the cost
     if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16-bit grey to 255, which turns most of it white: take the high byte, as viewers do.
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 0xFFFF:
-            raise BadImage("32-bit grey, whose black and white are not defined")
-        return Image.fromarray((grey >> 8).astype(np.uint8))
+        return _grey_from_16_bits(image)
     if image.mode == "F":
         raise BadImage("floating-point grey, whose black and white are not defined")
     if image.has_transparency_data:
@@ -983,7 +1099,25 @@ def _to_rgb_or_grey(image: Image.Image) -> Image.Image:
         # lies under transparent pixels.
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return (
+        image if image.mode in ("RGB", "L") else image.convert("RGB")
+    )  # grey stays grey until it is resized: a third of the cost
+
+
+def _grey_from_16_bits(image: Image.Image) -> Image.Image:
+    """The high byte of 16-bit grey, as viewers show it: Pillow's own conversion clips to 255, which turns most of it white."""
+    grey = np.asarray(image).astype(np.int64)
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (16,))[0]  # TIFF BitsPerSample: Pillow reads 12 bits into the same mode
+    if not 8 < bits <= 16 or grey.min() < 0 or grey.max() >= 1 << bits:
+        raise BadImage("32-bit grey, whose black and white are not defined")
+    if tags.get(262) == 0:  # TIFF PhotometricInterpretation: white is zero
+        grey = (1 << bits) - 1 - grey
+    eight = (grey >> (bits - 8)).astype(np.uint8)
+    transparent = image.info.get("transparency")  # PNG tRNS: one shade, as a number
+    if isinstance(transparent, int):
+        eight[grey == transparent] = 255
+    return Image.fromarray(eight)
 
 
 def crop_uint8(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
@@ -1011,12 +1145,17 @@ def crop_uint8(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def read_crop(key: ImageKey, preprocess: Preprocess) -> np.ndarray:
-    """Read, decode, resize and crop one image: uint8 [image_size, image_size, 3]. Raises BadImage or Unreadable."""
-    return crop_uint8(decode(read_bytes(key)), preprocess)
+def read_crop(photo: str | Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """Read, decode, resize and crop one image: uint8 [image_size, image_size, 3]. Raises UsageError naming a bad one."""
+    try:
+        return crop_uint8(decode(read_bytes(photo) if isinstance(photo, str) else photo), preprocess)
+    except BadImage as error:
+        raise UsageError(f"{photo}: {error}") from error
+    except Unreadable as error:
+        raise UsageError(str(error)) from error
 
 
-# --- features --------------------------------------------------------------------------------------------------------
+# --- the forward pass and its levers ---------------------------------------------------------------------------------
 
 
 @lru_cache
@@ -1025,101 +1164,257 @@ def _mean_and_std(preprocess: Preprocess, device: torch.device, dtype: torch.dty
     return mean, std
 
 
-def normalize(crops: torch.Tensor, preprocess: Preprocess, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """uint8 crops [N, H, W, 3] on any device to pixel values [N, 3, H, W], with the arithmetic of transformers' processor."""
+def normalize(crops: torch.Tensor, preprocess: Preprocess, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """uint8 crops [N, H, W, 3] on any device to pixel values [N, 3, H, W] (float32), with transformers' own arithmetic."""
+    dtype = dtype or torch.float32
     mean, std = _mean_and_std(preprocess, crops.device, dtype)
     return (crops.permute(0, 3, 1, 2).to(dtype) * preprocess.rescale_factor - mean) / std
 
 
-@torch.inference_mode()
-def forward(model: LoadedModel, crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """uint8 crops [N, H, W, 3] on the model's device to last_hidden_state [N, 1 + patches, D] and pooler_output [N, D] or None."""
-    wide = torch.promote_types(model.dtype, torch.float32)  # half precision begins after the pixels are normalised
-    output = model.module(pixel_values=normalize(crops, model.preprocess, wide).to(model.dtype).contiguous())
-    return output.last_hidden_state, getattr(output, "pooler_output", None)
+@lru_cache
+def _lever_modules() -> Any:
+    """The modules that levers put into transformers' model. Built at first use, because torch is imported late."""
+
+    class FoldedPatches(torch.nn.Module):
+        """Patch embedding of raw pixels [N, 3, H, W], strided as uint8 crops are, as one matrix product.
+
+        Normalisation is folded into weight and bias in float64. No permutation, no convolution, so no HF32 or TF32 either.
+        Pixels are centred first: left between 0 and 255, their mean would cancel against the bias and cost digits.
+        """
+
+        def __init__(self, projection: torch.nn.Conv2d, preprocess: Preprocess) -> None:
+            super().__init__()
+            weight = projection.weight.detach().double()
+            std = torch.tensor(preprocess.std, dtype=torch.float64).view(1, 3, 1, 1)
+            mean = torch.tensor(preprocess.mean, dtype=torch.float64).view(1, 3, 1, 1)
+            folded = weight * (preprocess.rescale_factor / std)
+            bias = projection.bias.double() + (folded * (128 - mean / preprocess.rescale_factor)).sum((1, 2, 3))
+            self.patch_size = projection.weight.shape[-1]
+            self.projection = torch.nn.Linear(folded[0].numel(), len(folded), device="meta", dtype=projection.weight.dtype)
+            self.projection.weight = torch.nn.Parameter(folded.permute(0, 2, 3, 1).flatten(1).to(projection.weight.dtype))
+            self.projection.bias = torch.nn.Parameter(bias.to(projection.bias.dtype))
+
+        def forward(self, pixels: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+            count, _, height, width = pixels.shape
+            rows, columns = height // self.patch_size, width // self.patch_size
+            patches = (pixels.permute(0, 2, 3, 1) - 128).reshape(count, rows, self.patch_size, columns, -1)
+            return self.projection(patches.transpose(2, 3).reshape(count, rows * columns, -1))
+
+    class ExactGelu(torch.nn.Module):
+        """GELU by erf: on an NPU torch's own is the tanh approximation whatever it is asked for (op-plugin, npu_gelu)."""
+
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            return sys.modules["torch_npu"].npu_gelu(values, approximate="none")
+
+    return argparse.Namespace(FoldedPatches=FoldedPatches, ExactGelu=ExactGelu)
 
 
-# What can be computed from last_hidden_state [N, 1 + patches, D] and pooler_output [N, D], all on the device.
-FEATURES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "class_token": lambda hidden, pooler: hidden[:, 0],
-    "mean_patch_token": lambda hidden, pooler: hidden[:, 1:].float().mean(1),
-    "patch_tokens": lambda hidden, pooler: hidden[:, 1:],
-    "pooler_output": lambda hidden, pooler: pooler,
-    "hidden_norm": lambda hidden, pooler: hidden.float().norm(dim=-1).mean(1),
-    "pooler_norm": lambda hidden, pooler: pooler.float().norm(dim=-1),
-}
+def _fused_attention(module, query, key, value, attention_mask=None, scaling=None, **_options):
+    """transformers' attention interface through the NPU's fused kernel: [N, heads, T, d] in, [N, T, heads, d] out.
+
+    Undoing transformers' transposition gives the layout BSND without a copy. sync=True leaves out the event with which
+    torch_npu 2.9.0 forks a stream that no graph capture can join.
+    """
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    fused = sys.modules["torch_npu"].npu_fusion_attention
+    return fused(query, key, value, query.shape[2], "BSND", scale=scale, sync=True)[0], None
+
+
+def apply_levers(
+    module: torch.nn.Module, device: Device, preprocess: Preprocess, levers: Sequence[str], exact_gelu: bool
+) -> tuple[str, ...]:
+    """Exchange parts of transformers' ViTModel, on the CPU, for equal ones that suit the device. Returns the levers in use."""
+    used: list[str] = []
+    made = _lever_modules()
+    if device.kind == "npu" and exact_gelu:
+        for parent in list(module.modules()):
+            for name, part in list(parent.named_children()):
+                if type(part).__name__ == "GELUActivation":
+                    setattr(parent, name, made.ExactGelu())
+    if type(module).__name__ != "ViTModel":
+        return ()  # code that came with a checkpoint: its other parts are not known
+    if device.kind == "npu" and "fused_attention" in levers:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        ALL_ATTENTION_FUNCTIONS.register("npu_fused_attention", _fused_attention)
+        module.config._attn_implementation = "npu_fused_attention"
+        used.append("fused_attention")
+    if "folded_patches" in levers:
+        embeddings = module.embeddings
+        embeddings.patch_embeddings = made.FoldedPatches(embeddings.patch_embeddings.projection, preprocess)
+        used.append("folded_patches")
+    return tuple(used)
+
+
+def layers_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The encoder's layers in order; they have other places in transformers 4 and 5."""
+    return [part for part in module.modules() if type(part).__name__ == "ViTLayer"]
+
+
+class Outputs(NamedTuple):
+    """last_hidden_state [N, 1 + patches, D], pooler_output [N, D] or None, and by number what layers leave, before the norm."""
+
+    hidden: torch.Tensor
+    pooler: torch.Tensor | None
+    layers: dict[str, torch.Tensor]
+
+
+def forward(model: LoadedModel, crops: torch.Tensor, layers: Sequence[str] = ()) -> Outputs:
+    """Run uint8 crops [N, H, W, 3] on the model's device. `layers`: numbers from 1, "_normed" behind for after the norm."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: kept.update({name: output[0] if isinstance(output, tuple) else output})
+
+    module = model.module
+    parts = layers_of(module) if layers else []
+    hooks = [parts[int(name.split("_")[0]) - 1].register_forward_hook(keep(name)) for name in layers]
+    try:
+        with torch.inference_mode():
+            if "folded_patches" in model.levers:
+                pixels = crops.permute(0, 3, 1, 2)
+            else:  # half precision begins after the pixels are normalised
+                wide = torch.promote_types(model.dtype, torch.float32)
+                pixels = normalize(crops, model.preprocess, wide).to(model.dtype).contiguous()
+            output = module(pixel_values=pixels)
+            kept = {name: module.layernorm(tokens) if "_" in name else tokens for name, tokens in kept.items()}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Outputs(output.last_hidden_state, getattr(output, "pooler_output", None), kept)
+
+
+def layer_names(model: LoadedModel, layers: Sequence[int], normed: bool) -> list[str]:
+    """What forward() calls `layers`, numbered from 1 or from the end by -2 and so on; -1 is the output itself and left out.
+
+    Raises UsageError for a layer that the model does not have.
+    """
+    count = model.module.config.num_hidden_layers
+    names = []
+    for layer in layers:
+        number = layer + count + 1 if layer < 0 else layer
+        if not 1 <= number <= count:
+            raise UsageError(f"--layers {layer}: this model has layers 1 to {count}, from the end -1 to -{count}")
+        names += [] if layer == -1 else [f"{number}{'_normed' if normed else ''}"]
+    return list(dict.fromkeys(names))
+
+
+FEATURES = ("class_token", "mean_patch_token", "patch_tokens", "pooler_output", "hidden_norm", "pooler_norm")
+
+
+def feature_of(name: str, outputs: Outputs) -> torch.Tensor:
+    """A feature by its name: class_token or mean_patch_token [N, D], with _layer_NUMBER behind for a layer's, and so on."""
+    kind, _, layer = name.partition("_layer_")
+    tokens = outputs.layers[layer] if layer else outputs.hidden
+    if kind == "class_token":
+        return tokens[:, 0]
+    if kind == "mean_patch_token":
+        return tokens[:, 1:].float().mean(1)
+    if kind == "patch_tokens":
+        return tokens[:, 1:]
+    if kind == "hidden_norm":
+        return tokens.float().norm(dim=-1).mean(1)
+    return outputs.pooler if kind == "pooler_output" else outputs.pooler.float().norm(dim=-1)
 
 
 class Encoder:
     """Runs a model over batches of crops and brings the wanted features to the host without waiting for them.
 
-    names: keys of FEATURES. execution "graph" captures the forward pass once and replays it, which saves launching its
-    operators one by one; every batch is then padded to `batch_size`, so that one capture serves all. Out of memory halves
-    `batch_size` and goes on.
+    names: what feature_of takes. execution "graph" captures the forward pass once and replays it, which saves launching its
+    operators one by one; every batch is then padded to `batch_size`, so that one capture serves all. A capture that fails
+    falls back to "eager" and says so. Out of memory halves `batch_size` and goes on.
     """
 
     def __init__(
-        self,
-        model: LoadedModel,
-        names: Sequence[str],
-        batch_size: int,
-        execution: str = "eager",
-        dtype: torch.dtype = torch.float32,
+        self, model: LoadedModel, names: Sequence[str], batch_size: int, execution: str = "eager", dtype: str = "float32"
     ) -> None:
         if execution == "graph" and model.device.kind == "cpu":
             raise UsageError("--execution graph: the CPU has no graphs to capture; use it with cuda or npu")
+        for name in names:
+            kind, _, layer = name.partition("_layer_")
+            count = model.module.config.num_hidden_layers
+            if kind not in FEATURES or (layer and layer.removesuffix("_normed") not in map(str, range(1, count + 1))):
+                raise UsageError(
+                    f"{name}: no such feature; use {', '.join(FEATURES)}, or _layer_1 to _layer_{count} behind one"
+                )
         self.model = model
         self.names = tuple(names)
         self.batch_size = batch_size
         self.execution = execution
-        self.dtype = dtype
+        self.fallback: str | None = None
+        self.dtype = getattr(torch, dtype)
+        self._layers = tuple(dict.fromkeys(name.partition("_layer_")[2] for name in names if "_layer_" in name))
         self._backend = torch.get_device_module(model.device.torch_device)
         self._graph: _Graph | None = None
         self._pins = can_pin_memory(model.device)
+        self._copies = self._backend.Stream() if self._pins else None
 
-    @torch.inference_mode()
     def features(self, crops: torch.Tensor) -> dict[str, torch.Tensor]:
         """The wanted features of crops on the device, and "finite", bool [N]: whether everything about an image is a number."""
-        hidden, pooler = forward(self.model, crops)
-        features = {name: FEATURES[name](hidden, pooler).to(self.dtype) for name in self.names}
-        finite = [torch.isfinite(value).reshape(len(value), -1).all(1) for value in (hidden, *features.values())]
-        return features | {"finite": torch.stack(finite).all(0)}
+        with torch.inference_mode():
+            outputs = forward(self.model, crops, self._layers)
+            features = {name: feature_of(name, outputs).to(self.dtype) for name in self.names}
+            finite = [torch.isfinite(value).reshape(len(value), -1).all(1) for value in (outputs.hidden, *features.values())]
+            return features | {"finite": torch.stack(finite).all(0)}
 
-    @torch.inference_mode()
     def run(self, crops: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Queue at most `batch_size` crops from host or device; the results stay on the device, until the next call in graph mode."""
-        if self.execution == "eager":
-            return self.features(crops.to(self.model.device.torch_device, non_blocking=True))
-        if self._graph is None or self._graph.batch_size != self.batch_size:
+        """Queue at most `batch_size` crops of the device; the results stay there, until the next call in graph mode."""
+        if self.execution == "graph" and (self._graph is None or self._graph.batch_size != self.batch_size):
             self._graph = None  # the old capture holds memory that the new one may need
-            self._graph = _Graph(self, crops)
-        return self._graph.replay(crops)
+            try:
+                self._graph = _Graph(self, crops)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                self.execution, self.fallback = "eager", first_line(error)
+                log.warning(f"The forward pass cannot be captured as a graph ({self.fallback}): going on with eager execution")
+        return self._graph.replay(crops) if self.execution == "graph" else self.features(crops)
 
-    @torch.inference_mode()
     def submit(self, crops: torch.Tensor) -> Callable[[], dict[str, np.ndarray]]:
         """Queue any number of crops uint8 [N, H, W, 3] from the host. Returns a function that waits for their features."""
-        while True:
-            try:
-                chunks = [
-                    {name: self._to_host(value) for name, value in self.run(chunk).items()}
-                    for chunk in crops.split(self.batch_size)
-                ]
-                break
-            except torch.OutOfMemoryError as error:
-                self._shrink(min(self.batch_size, len(crops)), error)
-        event = self._backend.Event()
-        event.record()
+        pending = [self._retrying(lambda: self._queue(crops), len(crops))]
 
-        def wait() -> dict[str, np.ndarray]:
+        def fetch() -> dict[str, np.ndarray]:
+            # A device may report late that memory ran out: then all of it is queued again.
+            chunks, event, _inputs = pending.pop() if pending else self._queue(crops)
             event.synchronize()
             return {name: np.concatenate([chunk[name].numpy() for chunk in chunks]) for name in chunks[0]}
 
-        return wait
+        return lambda: self._retrying(fetch, len(crops))
+
+    def _queue(self, crops: torch.Tensor) -> tuple[list[dict[str, torch.Tensor]], Any, list[torch.Tensor]]:
+        """Features on their way to the host, the event that tells when they are there, and what must live until then."""
+        inputs, chunks = [], []
+        for chunk in crops.split(self.batch_size):
+            inputs.append(self._to_device(chunk))
+            chunks.append({name: self._to_host(value) for name, value in self.run(inputs[-1]).items()})
+        event = self._backend.Event()
+        event.record()
+        return chunks, event, inputs
+
+    def _to_device(self, crops: torch.Tensor) -> torch.Tensor:
+        device = self.model.device.torch_device
+        if self._copies is None:
+            return crops.to(device)
+        with self._backend.stream(self._copies):  # copies while the batch before it computes
+            there = crops.to(device, non_blocking=True)
+        self._backend.current_stream().wait_stream(self._copies)
+        return there
 
     def _to_host(self, value: torch.Tensor) -> torch.Tensor:
         if not self._pins:
             return value.cpu()
         return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+
+    def _retrying(self, attempt: Callable[[], Any], count: int) -> Any:
+        while True:
+            try:
+                return attempt()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._shrink(min(self.batch_size, count))  # only here has the error let go of what the attempt allocated
 
     def release(self) -> None:
         """Give back the memory of a captured graph, and what the allocator holds in reserve."""
@@ -1127,19 +1422,13 @@ class Encoder:
         if self.model.device.kind != "cpu":
             self._backend.empty_cache()
 
-    def _shrink(self, batch_size: int, error: Exception) -> None:
+    def _shrink(self, batch_size: int) -> None:
         self.release()
+        device = self.model.device.torch_device
         if batch_size <= 1:
-            raise UsageError(
-                f"out of memory on {self.model.device.torch_device} with a single image: use --dtype float16, or free the device"
-            ) from error
+            raise UsageError(f"out of memory on {device} with a single image: use --dtype float16, or free the device")
         self.batch_size = batch_size // 2
-        log.warning(
-            "Out of memory on %s with batch size %d: going on with %d",
-            self.model.device.torch_device,
-            batch_size,
-            self.batch_size,
-        )
+        log.warning(f"Out of memory on {device} with batch size {batch_size}: going on with {self.batch_size}")
 
 
 class _Graph:
@@ -1148,6 +1437,8 @@ class _Graph:
     def __init__(self, encoder: Encoder, crops: torch.Tensor) -> None:
         device = encoder.model.device.torch_device
         backend = torch.get_device_module(device)
+        if device.type == "npu" and os.environ.get("TASK_QUEUE_ENABLE") == "2":
+            raise RuntimeError("TASK_QUEUE_ENABLE=2 excludes graph capture; unset it")
         self.batch_size = encoder.batch_size
         self.crops = torch.zeros(self.batch_size, *crops.shape[1:], dtype=torch.uint8, device=device)
         stream = backend.Stream()
@@ -1157,7 +1448,9 @@ class _Graph:
                 encoder.features(self.crops)
         backend.current_stream().wait_stream(stream)
         self.graph = backend.NPUGraph() if device.type == "npu" else backend.CUDAGraph()
-        with backend.graph(self.graph):
+        # "thread_local": the loader's thread that pins memory may go on meanwhile. A capture that fails leaves its own stream
+        # current: entering the present one anew brings it back.
+        with backend.stream(backend.current_stream()), backend.graph(self.graph, capture_error_mode="thread_local"):
             self.outputs = encoder.features(self.crops)
 
     def replay(self, crops: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -1185,106 +1478,102 @@ def default_batch_size(device: Device) -> int:
 # --- one image or a few ----------------------------------------------------------------------------------------------
 
 
+def features(
+    model: LoadedModel,
+    images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
+    names: Sequence[str] = ("class_token", "mean_patch_token"),
+    batch_size: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Features of photos (paths or PIL images) as arrays by name, a row for each photo; `names` are what feature_of takes.
+
+    Raises UsageError naming a photo that cannot be read, or whose features are not numbers.
+    """
+    photos = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+    encoder = Encoder(model, names, batch_size or default_batch_size(model.device))
+    found = encoder.submit(crops_of(photos, model.preprocess))()
+    require_finite(found.pop("finite"), [str(photo) for photo in photos], model)
+    return found
+
+
+def crops_of(photos: Sequence[str | Path | Image.Image], preprocess: Preprocess) -> torch.Tensor:
+    """uint8 crops [N, image_size, image_size, 3] of paths or PIL images. Raises UsageError naming one that cannot be read."""
+    crops = [read_crop(photo if isinstance(photo, Image.Image) else str(photo), preprocess) for photo in photos]
+    return torch.from_numpy(np.stack(crops))
+
+
+def require_finite(finite: np.ndarray, names: Sequence[str], model: LoadedModel) -> None:
+    """Raises UsageError naming the first image whose features hold NaN or Inf."""
+    if not finite.all():
+        hint = "the weights may be damaged" if model.dtype_name == "float32" else "try --dtype float32"
+        name = names[int(np.argmin(finite))]
+        raise UsageError(f"{name}: its features in {model.dtype_name} hold NaN or Inf; nothing was saved; {hint}")
+
+
 def run_few(args: argparse.Namespace, device: Device) -> int:
     """Run all images in this process, time the forward pass, log and save what came out. Returns the exit code."""
-    images = list_images(args.image_path)
-    if len(images) > 1000:
-        log.warning(
-            "%s images at once: --output FOLDER/ decodes in parallel and can go on after an interruption", f"{len(images):,}"
-        )
-    log_images(images)
+    paths = find_images(args.image_path)
+    if len(paths) > 1000:
+        log.warning(f"{len(paths):,} images at once: embed.py decodes in parallel and can go on after an interruption")
     model = load_from_args(args, device)
-    crops = torch.from_numpy(np.stack([_crop_or_stop(key, model.preprocess) for key in images]))
-    names = ["class_token", "mean_patch_token", "hidden_norm"] + (["pooler_norm"] if model.pooler != "none" else [])
-    names += _names_on_request(args, model)
+    log.info(f"Loading image: {paths[0]}" if len(paths) == 1 else f"Loading {len(paths):,} images")
+    crops = crops_of(paths, model.preprocess)
+    saved = names_to_save(args, model)
+    names = [*saved, "hidden_norm", *(["pooler_norm"] if model.pooler != "none" else [])]
     if args.pca and "patch_tokens" not in names:
         names.append("patch_tokens")
-    batch_size = min(args.batch_size or default_batch_size(device), len(images))
-    encoder = Encoder(model, names, batch_size, args.execution)
-    log.info("Input shape: (%d, 3, %d, %d)", len(images), *crops.shape[1:3])
+    encoder = Encoder(model, names, min(args.batch_size or default_batch_size(device), len(paths)), args.execution)
+    log.info(f"Input shape: {(len(paths), 3, *crops.shape[1:3])}")
     log.info("Warming up ...")
-    features = encoder.submit(crops)()
-    log.info("First features after %.2f s", time.perf_counter() - STARTED)
-    for key, finite in zip(images, features.pop("finite")):
-        if not finite:
-            raise UsageError(
-                f"{key.name}: its features in {model.dtype_name} hold NaN or Inf; nothing was saved. Try --dtype float32"
-            )
+    found = encoder.submit(crops)()
+    log.info(f"First features after {time.perf_counter() - STARTED:.2f} s")
+    require_finite(found.pop("finite"), paths, model)
     log.info("Running inference ...")
-    timed = crops[: encoder.batch_size]
-    result = describe_few(model, images, features, len(timed), time_forward(encoder, timed))
-    check_lock(model.weights, args.allow_unlocked)
+    timed = crops[: encoder.batch_size].to(device.torch_device)
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < 10 and sum(times) < 3.0):
+        times.append(time_once(device, lambda: encoder.run(timed)))
+    result = describe_few(model, paths, found, len(timed), times)
     log_few(model, result)
     if args.output:
-        arrays = {
-            name: features[name]
-            for name in ("class_token", "mean_patch_token", "patch_tokens", "pooler_output")
-            if name in names
-        }
-        arrays |= {"index": np.arange(len(images)), "path": np.array([key.name for key in images])}
-        write_npz(Path(args.output), arrays)
-        log.info("Features saved to %s (%s)", args.output, model.weights.label)
-    result |= provenance(args, model)
+        with np.errstate(over="ignore"):
+            arrays = {name: found[name].astype(args.feature_dtype) for name in saved}
+        if not all(np.isfinite(values).all() for values in arrays.values()):
+            raise UsageError(f"features over 65504 do not fit into {args.feature_dtype}; use --feature_dtype float32")
+        write_npz(Path(args.output), arrays | {"index": np.arange(len(paths)), "path": np.array(paths)})
+        log.info(f"Features saved to {args.output} ({model.weights.label})")
+    result |= {"execution": encoder.execution, "execution_fallback": encoder.fallback} | provenance(args, model)
     if args.pca:
-        colours, explained = patch_colours(features["patch_tokens"])
-        result["pca"] = {
-            "explained_variance_percent": explained,
-            "colours_hex": [patches.tobytes().hex() for patches in colours],
-        }
-        picture = draw_pca(crops.numpy(), colours, [key.name for key in images], pca_heading(result))
-        with replacing(Path(args.pca)) as file:
-            picture.save(file, format="PNG")
-        log.info("Picture saved to %s; its three components explain %.1f%% of the variance", args.pca, explained)
-    write_result("inference", args, result)
+        result["pca"] = save_pca(Path(args.pca), crops.numpy(), found["patch_tokens"], paths, result)
+    write_result(args, result)
     return 0
 
 
-def _crop_or_stop(key: ImageKey, preprocess: Preprocess) -> np.ndarray:
-    try:
-        return read_crop(key, preprocess)
-    except BadImage as error:
-        raise UsageError(f"{key.name}: {error}") from error
-    except Unreadable as error:
-        raise UsageError(f"{error}; it was tried three times") from error
-
-
-def _names_on_request(args: argparse.Namespace, model: LoadedModel) -> list[str]:
-    """Features that are saved only when asked for: patch tokens for their size, the pooler because it is seldom trained."""
+def names_to_save(args: argparse.Namespace, model: LoadedModel) -> list[str]:
+    """Features that the flags ask for: patch tokens only on request for their size, the pooler because it is seldom trained."""
     if args.save_pooler and model.pooler == "none":
         raise UsageError("--save_pooler: this model has no pooler")
-    return ["patch_tokens"] * args.save_patch_tokens + ["pooler_output"] * args.save_pooler
-
-
-def time_forward(encoder: Encoder, crops: torch.Tensor, runs: int = 10, enough_s: float = 3.0) -> list[float]:
-    """Seconds of each of up to `runs` forward passes (at least 3, no more once `enough_s` have passed), synchronised around each."""
-    device = encoder.model.device
-    crops = crops.to(device.torch_device)
-    times: list[float] = []
-    while len(times) < 3 or (len(times) < runs and sum(times) < enough_s):
-        synchronize(device)
-        started = time.perf_counter()
-        encoder.run(crops)
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return times
+    kinds = ["class_token", "mean_patch_token"]
+    names = kinds if -1 in args.layers else []
+    names = names + [f"{kind}_layer_{layer}" for layer in layer_names(model, args.layers, args.norm_layers) for kind in kinds]
+    return names + (["patch_tokens"] if args.save_patch_tokens else []) + (["pooler_output"] if args.save_pooler else [])
 
 
 def describe_few(
-    model: LoadedModel, images: ImageList, features: dict[str, np.ndarray], batch: int, times: list[float]
+    model: LoadedModel, paths: Sequence[str], found: dict[str, np.ndarray], batch: int, times: list[float]
 ) -> dict[str, Any]:
-    """The published run's keys. Norms are means over the images; time and throughput are those of the median run of one batch."""
-    count, hidden_size = features["class_token"].shape
+    """The published run's keys. Norms are means over the images; time and throughput are the median run's of one batch."""
+    count, width = len(paths), model.module.config.hidden_size
     tokens = 1 + (model.preprocess.image_size // model.module.config.patch_size) ** 2
-    has_pooler = "pooler_norm" in features
+    has_pooler = "pooler_norm" in found
     return {
         "device": model.device.kind,
         "dtype": model.dtype_name,
         "image_size": model.preprocess.image_size,
-        "image_path": images[0].name if count == 1 else [key.name for key in images],
-        "pooler_shape": [count, hidden_size] if has_pooler else None,
-        "last_hidden_shape": [count, tokens, hidden_size],
-        "pooler_norm": float(features["pooler_norm"].mean()) if has_pooler else None,
-        "hidden_mean_norm": float(features["hidden_norm"].mean()),
+        "image_path": shown_path(paths[0]) if count == 1 else [shown_path(path) for path in paths],
+        "pooler_shape": [count, width] if has_pooler else None,
+        "last_hidden_shape": [count, tokens, width],
+        "pooler_norm": float(found["pooler_norm"].mean()) if has_pooler else None,
+        "hidden_mean_norm": float(found["hidden_norm"].mean()),
         "inference_time_s": statistics.median(times),
         "throughput_img_s": batch / statistics.median(times),
         "batch_size": batch,
@@ -1292,33 +1581,64 @@ def describe_few(
     }
 
 
+class Column(NamedTuple):
+    """A column of a table: its heading in two languages, where its value is in a row (a.b for a nested one), the format."""
+
+    en: str
+    zh: str
+    key: str
+    form: str = ""
+    scale: float = 1.0
+
+    def cell(self, row: dict[str, Any], none: str = "-") -> str:
+        """The value in a row as text, `none` where it is null or not there."""
+        value: Any = row
+        for key in self.key.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None:
+            return none
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return format(value * self.scale if self.scale != 1 else value, self.form) if number else str(value)
+
+
+COLUMNS = (
+    Column("Last hidden state", "最后隐藏层", "last_hidden_shape"),
+    Column("Batch", "批大小", "batch_size"),
+    Column("Mean token norm", "词元平均范数", "hidden_mean_norm", ".4f"),
+    Column("Time of a batch (ms)", "每批耗时（ms）", "inference_time_s", ".2f", 1e3),
+    Column("Images/s", "图片/秒", "throughput_img_s", ".2f"),
+)
+
+
+def log_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> None:
+    """Log rows as a table in the columns' formats."""
+    cells = [[column.en for column in columns], *([column.cell(row) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        log.info("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
+
+
 def log_few(model: LoadedModel, result: dict[str, Any]) -> None:
     """The published run's lines."""
-    log.info("=== %s Inference Results%s ===", MODEL_NAME, " (random weights)" if model.weights.source == "random" else "")
-    log.info("Device: %s", result["device"])
-    log.info("Dtype: %s", result["dtype"])
-    log.info("Image size: %dx%d", result["image_size"], result["image_size"])
+    log.info(f"=== {model.title} Inference Results ===")
+    log.info(f"Device: {result['device']}")
+    log.info(f"Dtype: {result['dtype']}")
+    log.info(f"Image size: {result['image_size']}x{result['image_size']}")
     if result["pooler_shape"]:
-        log.info("Pooler output shape: %s", tuple(result["pooler_shape"]))
-    log.info("Last hidden state shape: %s", tuple(result["last_hidden_shape"]))
+        log.info(f"Pooler output shape: {tuple(result['pooler_shape'])}")
+    log.info(f"Last hidden state shape: {tuple(result['last_hidden_shape'])}")
     if result["pooler_shape"]:
-        log.info(
-            "Pooler L2 norm: %.4f%s",
-            result["pooler_norm"],
-            "" if model.pooler == "trained" else f" (the pooler is {model.pooler}: its output means nothing)",
-        )
-    log.info("Hidden states mean L2 norm: %.4f", result["hidden_mean_norm"])
-    log.info(
-        "Inference time: %.4fs (batch size %d, median of %d runs)",
-        result["inference_time_s"],
-        result["batch_size"],
-        len(result["inference_times_s"]),
-    )
-    log.info("Throughput: %.2f img/s", result["throughput_img_s"])
+        note = "" if model.pooler == "trained" else f" (the pooler is {model.pooler}: its output means nothing)"
+        log.info(f"Pooler L2 norm: {result['pooler_norm']:.4f}{note}")
+    log.info(f"Hidden states mean L2 norm: {result['hidden_mean_norm']:.4f}")
+    runs = f"batch size {result['batch_size']}, median of {len(result['inference_times_s'])} runs"
+    log.info(f"Inference time: {result['inference_time_s']:.4f}s ({runs})")
+    log.info(f"Throughput: {result['throughput_img_s']:.2f} img/s")
+    log.info(f"Results: {json.dumps(result)}")
 
 
 def principal_components(patch_tokens: np.ndarray, count: int = 3) -> tuple[np.ndarray, float]:
-    """Project patch tokens [N, P, D] on their first components over all images: [N, P, count], and the variance explained in percent.
+    """Patch tokens [N, P, D] on their first components over all images: [N, P, count], and the variance explained in percent.
 
     The sign of a component is arbitrary; it is set so that its largest weight is positive.
     """
@@ -1345,6 +1665,19 @@ def patch_colours(patch_tokens: np.ndarray) -> tuple[np.ndarray, float]:
     return (colours.reshape(-1, grid, grid, 3) * 255).round().astype(np.uint8), explained
 
 
+def save_pca(
+    path: Path, crops: np.ndarray, patch_tokens: np.ndarray, names: Sequence[str], result: dict[str, Any]
+) -> dict[str, Any]:
+    """Draw crops uint8 [N, H, W, 3] beside the colours of their patch tokens [N, P, D]. Returns what the result says of it."""
+    colours, explained = patch_colours(patch_tokens)
+    pca = {"explained_variance_percent": explained, "colours_hex": [patches.tobytes().hex() for patches in colours]}
+    picture = draw_pca(crops, colours, names, pca_heading(result | {"pca": pca}))
+    with replacing(path) as file:
+        picture.save(file, format="PNG" if path.suffix.lower() == ".png" else "JPEG", quality=95)
+    log.info(f"Picture saved to {path}; its three components explain {explained:.1f}% of the variance")
+    return pca
+
+
 def draw_pca(crops: np.ndarray, colours: np.ndarray, names: Sequence[str], heading: Sequence[str]) -> Image.Image:
     """Draw each crop uint8 [N, H, W, 3] beside its patches' colours uint8 [N, rows, columns, 3], under lines of heading."""
     side, margin, line = 448, 16, 22
@@ -1366,7 +1699,7 @@ def pca_heading(result: dict[str, Any]) -> list[str]:
     """What the picture of an inference result says of itself."""
     made_of = "random weights: the colours mean nothing" if result["weights"]["source"] == "random" else "patch tokens"
     return [
-        f"{MODEL_NAME}, {result['dtype']} on {result['device_name']}",
+        f"{result['model']}, {result['dtype']} on {result['device_name']}",
         f"{made_of}; first 3 principal components, {result['pca']['explained_variance_percent']:.1f}% of the variance",
     ]
 
@@ -1377,419 +1710,6 @@ def _fit_text(text: str, font: Any, width: int) -> str:
     while font.getlength(shown) > width:
         shown = "..." + shown[4:]
     return shown
-
-
-# --- bulk runs -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Bulk:
-    """A bulk run: which images, in parts of how many, and what is written where. Part k holds places k*part_size and on."""
-
-    images: ImageList
-    folder: Path
-    part_size: int
-    shapes: dict[str, tuple[int, ...]]
-    dtype: str
-
-    @property
-    def part_count(self) -> int:
-        return -(-len(self.images) // self.part_size)
-
-    def places(self, part: int) -> range:
-        return range(part * self.part_size, min((part + 1) * self.part_size, len(self.images)))
-
-    def path(self, part: int) -> Path:
-        return self.folder / f"part-{part:05d}.npz"
-
-    def unfinished(self) -> list[int]:
-        return [part for part in range(self.part_count) if not self.path(part).exists()]
-
-    @property
-    def bytes_per_image(self) -> int:
-        values = sum(math.prod(shape) for shape in self.shapes.values()) * np.dtype(self.dtype).itemsize
-        return values + 8 + 4 * self.images.longest_name()  # the place, and the path as UCS-4
-
-
-class Batch(NamedTuple):
-    """What a worker returns: crops uint8 [n, H, W, 3] of the places from `first` on, black where an image failed."""
-
-    first: int
-    crops: torch.Tensor
-    failures: list[tuple[int, str, str]]
-    unreadable: str
-
-
-class _Crops(torch.utils.data.Dataset):
-    """Makes batches in DataLoader's workers. It knows no paths: the sampler sends them, so that no worker holds the list."""
-
-    def __init__(self, preprocess: Preprocess) -> None:
-        self.preprocess = preprocess
-
-    def __getitem__(self, keys: list[ImageKey]) -> Batch:
-        size = self.preprocess.image_size
-        crops = np.zeros((len(keys), size, size, 3), np.uint8)
-        failures = []
-        for row, key in enumerate(keys):
-            try:
-                crops[row] = read_crop(key, self.preprocess)
-            except BadImage as error:
-                failures.append((key.index, key.name, str(error)))
-            except Unreadable as error:
-                return Batch(keys[0].index, torch.from_numpy(crops), failures, str(error))
-        return Batch(keys[0].index, torch.from_numpy(crops), failures, "")
-
-
-class KeyBatches:
-    """The sampler: lists of at most `batch_size` keys, never across two parts, so that a resumed run makes the same batches."""
-
-    def __init__(self, bulk: Bulk, parts: Sequence[int], batch_size: int) -> None:
-        self.bulk, self.parts, self.batch_size = bulk, parts, batch_size
-        self.given_up: dict[int, str] = {}
-
-    def __iter__(self) -> Iterator[list[ImageKey]]:
-        for part in self.parts:
-            places = self.bulk.places(part)
-            for first in places[:: self.batch_size]:
-                if part in self.given_up:
-                    break
-                yield [self.bulk.images[place] for place in range(first, min(first + self.batch_size, places.stop))]
-
-
-class _PartRows:
-    """The rows of one part while it is being filled."""
-
-    def __init__(self, bulk: Bulk, part: int) -> None:
-        self.bulk, self.part, self.places = bulk, part, bulk.places(part)
-        self.values = {name: np.zeros((len(self.places), *shape), bulk.dtype) for name, shape in bulk.shapes.items()}
-        self.failures: list[tuple[int, str, str]] = []
-        self.filled = 0
-
-    def add(self, batch: Batch, features: dict[str, np.ndarray]) -> int:
-        """Add a batch; returns how many of its images failed."""
-        rows = slice(batch.first - self.places.start, batch.first - self.places.start + len(batch.crops))
-        failures = {place: (place, name, reason) for place, name, reason in batch.failures}
-        for row in np.flatnonzero(~features["finite"]):
-            place = batch.first + int(row)
-            failures.setdefault(place, (place, self.bulk.images[place].name, "its features hold NaN or Inf"))
-        for name, values in self.values.items():
-            values[rows] = features[name]
-        self.failures += [failures[place] for place in sorted(failures)]
-        self.filled += len(batch.crops)
-        return len(failures)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What the part's file holds: a row for each image that has features, and the failures beside."""
-        failed = np.array([place for place, _, _ in self.failures], np.int64)
-        index = np.setdiff1d(np.arange(self.places.start, self.places.stop), failed)
-        rows = index - self.places.start
-        return {
-            "index": index,
-            "path": np.array([self.bulk.images[place].name for place in index], dtype=str),
-            **{name: values[rows] for name, values in self.values.items()},
-            "failed_index": failed,
-            "failed_path": np.array([name for _, name, _ in self.failures], dtype=str),
-            "failed_reason": np.array([reason for _, _, reason in self.failures], dtype=str),
-        }
-
-
-@dataclass
-class Totals:
-    """Counts of a run, and the seconds that were waited for each of its three stages."""
-
-    images: int = 0
-    failed: int = 0
-    waited: dict[str, float] = field(default_factory=lambda: {"reading": 0.0, "computing": 0.0, "writing": 0.0})
-
-    @contextmanager
-    def waiting_for(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.waited[stage] += time.perf_counter() - started
-
-
-def run_bulk(args: argparse.Namespace, device: Device) -> int:
-    """Write the features of any number of images to a folder, part by part. Returns the exit code."""
-    images = list_images(args.image_path)
-    log_images(images)
-    return embed(args, images, load_from_args(args, device))
-
-
-def embed(args: argparse.Namespace, images: ImageList, model: LoadedModel) -> int:
-    """Write the parts that args.output lacks, or this rank's share of them. Returns the exit code."""
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    bulk = plan_bulk(args, images, model)
-    check_lock(model.weights, args.allow_unlocked)
-    check_disk(bulk)
-    agree_on_manifest(bulk.folder, make_manifest(args, bulk, model))
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    parts = [part for part in bulk.unfinished() if part % ranks == rank]
-    batch_size = args.batch_size or default_batch_size(model.device)
-    encoder = Encoder(model, tuple(bulk.shapes), batch_size, args.execution, getattr(torch, bulk.dtype))
-    batches = KeyBatches(bulk, parts, batch_size)
-    loader = decoding_loader(model, batches, args.num_workers)
-    log.info(
-        "Rank %d of %d: %d of %d parts to do; batch size %d, %d decoding workers, %s",
-        *(rank, ranks, len(parts), bulk.part_count, batch_size, loader.num_workers, args.execution),
-    )
-    total = sum(len(bulk.places(part)) for part in parts)
-    started = time.perf_counter()
-    try:
-        with logging_redirect_tqdm([log]), progress_bar(total, visible=rank == 0) as progress:
-            totals = encode_parts(bulk, encoder, loader, batches, progress)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; {_how_to_go_on(bulk)}") from None
-    except UsageError as error:
-        raise UsageError(f"{error}; {_how_to_go_on(bulk)}") from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"a decoding worker was lost, most likely for lack of memory ({reason}); use a smaller --num_workers; {_how_to_go_on(bulk)}"
-        ) from error
-    return finish_bulk(bulk, batches.given_up, totals, time.perf_counter() - started)
-
-
-def decoding_loader(model: LoadedModel, batches: KeyBatches, num_workers: int | None) -> torch.utils.data.DataLoader:
-    """Gives a Batch for each list of keys, decoded in `num_workers` processes (None: by the cores there are)."""
-    if num_workers is None:
-        num_workers = default_num_workers(model.device, batches.batch_size, model.preprocess.image_size)
-    return torch.utils.data.DataLoader(
-        _Crops(model.preprocess),
-        batch_size=None,  # the sampler gives whole batches
-        sampler=batches,  # type: ignore[arg-type]
-        num_workers=num_workers,
-        worker_init_fn=_start_worker,
-        pin_memory=can_pin_memory(model.device),
-    )
-
-
-def plan_bulk(args: argparse.Namespace, images: ImageList, model: LoadedModel) -> Bulk:
-    """Work out what the parts hold. A part is held in memory until it is written: hence fewer images where patch tokens are saved."""
-    size = model.module.config.hidden_size
-    patches = (model.preprocess.image_size // model.module.config.patch_size) ** 2
-    names = ["class_token", "mean_patch_token", *_names_on_request(args, model)]
-    shapes = {name: (patches, size) if name == "patch_tokens" else (size,) for name in names}
-    part_size = args.part_size or (200 if args.save_patch_tokens else 10_000)
-    try:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output {args.output}: the folder cannot be made ({error.strerror})") from error
-    return Bulk(images, Path(args.output), part_size, shapes, args.feature_dtype)
-
-
-def default_num_workers(device: Device, batch_size: int, image_size: int) -> int:
-    """Enough processes to keep up with the device. Two batches each wait in /dev/shm, of which a container may have 64 MiB only."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = max(1, cores // 4) if device.kind == "cpu" else max(1, min(16, cores - 1))
-    try:
-        free = shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return workers
-    return max(1, min(workers, free // (4 * batch_size * image_size * image_size * 3)))
-
-
-def _start_worker(_worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the main process alone answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def encode_parts(bulk: Bulk, encoder: Encoder, loader: Iterable[Batch], batches: KeyBatches, progress: Any) -> Totals:
-    """Run all batches through the encoder and write each part when it is full. Raises UsageError if a part cannot be written."""
-    totals = Totals()
-    rows: _PartRows | None = None
-    writing: Future | None = None
-    with ThreadPoolExecutor(1) as writer:
-        for batch, features in _one_ahead(loader, encoder, totals):
-            part = batch.first // bulk.part_size
-            if batch.unreadable and part not in batches.given_up:
-                batches.given_up[part] = batch.unreadable
-                log.error("Part %d is left unwritten: %s (tried three times)", part, batch.unreadable)
-            if part in batches.given_up:
-                rows = None
-                continue
-            if rows is None or rows.part != part:
-                rows = _PartRows(bulk, part)
-            failed = rows.add(batch, features)
-            totals.images += len(batch.crops)
-            totals.failed += failed
-            progress.set_postfix(failed=totals.failed, refresh=False)
-            progress.update(len(batch.crops))
-            if rows.filled == len(rows.places):
-                with totals.waiting_for("writing"):
-                    if writing is not None:
-                        writing.result()
-                writing = writer.submit(write_part, bulk.path(part), rows.arrays())
-                rows = None
-        with totals.waiting_for("writing"):
-            if writing is not None:
-                writing.result()
-    return totals
-
-
-def _one_ahead(loader: Iterable[Batch], encoder: Encoder, totals: Totals) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
-    """Batches with their features, each fetched from the device only after the next one is queued there."""
-    iterator = iter(loader)
-    previous: tuple[Batch, Callable[[], dict[str, np.ndarray]]] | None = None
-    while True:
-        with totals.waiting_for("reading"):
-            batch = next(iterator, None)
-        with totals.waiting_for("computing"):
-            wait = encoder.submit(batch.crops) if batch is not None else None
-            features = previous[1]() if previous is not None else None
-        if previous is not None:
-            yield previous[0], features
-        if batch is None:
-            return
-        previous = (batch, wait)
-
-
-def write_part(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write one part, and clear away what a killed run left of it."""
-    write_npz(path, arrays)
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
-
-
-def finish_bulk(bulk: Bulk, given_up: dict[int, str], totals: Totals, seconds: float) -> int:
-    """Write failures.jsonl once all parts are there, and say how the run went. Returns the exit code."""
-    if not bulk.unfinished():
-        failures = write_failures(bulk)
-        log.info("All %d parts are in %s; %d images failed (failures.jsonl)", bulk.part_count, bulk.folder, failures)
-    rate = totals.images / seconds if seconds else 0.0
-    waited = ", ".join(f"{stage} {value:.1f} s" for stage, value in totals.waited.items())
-    log.info(
-        "%s images in %.1f s: %.2f img/s, %s failed; waited for %s",
-        f"{totals.images:,}",
-        seconds,
-        rate,
-        f"{totals.failed:,}",
-        waited,
-    )
-    if given_up:
-        raise UsageError(f"{len(given_up)} parts are left unwritten because files could not be read; {_how_to_go_on(bulk)}")
-    if totals.images and totals.failed == totals.images:
-        raise UsageError("not one of these images gave features: see failures.jsonl or the log for the reasons")
-    return 0
-
-
-def write_failures(bulk: Bulk) -> int:
-    """Gather the failures of all parts into failures.jsonl, in input order; returns how many there are."""
-    lines = []
-    for part in range(bulk.part_count):
-        with np.load(bulk.path(part)) as arrays:
-            columns = (arrays["failed_index"].tolist(), arrays["failed_path"].tolist(), arrays["failed_reason"].tolist())
-        lines += [json.dumps({"index": index, "path": path, "reason": reason}) + "\n" for index, path, reason in zip(*columns)]
-    with replacing(bulk.folder / "failures.jsonl") as file:
-        file.write("".join(lines).encode())
-    return len(lines)
-
-
-def _how_to_go_on(bulk: Bulk) -> str:
-    finished = bulk.part_count - len(bulk.unfinished())
-    return f"{finished} of {bulk.part_count} parts are finished in {bulk.folder}; run the same command again to go on"
-
-
-def check_disk(bulk: Bulk) -> None:
-    """Log what the unfinished parts will need. Raises UsageError where the disk has less."""
-    unfinished = bulk.unfinished()
-    needed = bulk.bytes_per_image * sum(len(bulk.places(part)) for part in unfinished)
-    free = shutil.disk_usage(bulk.folder).free
-    log.info(
-        "Output: %d parts to write, %s needed, %s free in %s",
-        len(unfinished),
-        _gigabytes(needed),
-        _gigabytes(free),
-        bulk.folder,
-    )
-    if needed > free:
-        raise UsageError(
-            f"--output {bulk.folder}: {_gigabytes(needed)} needed and {_gigabytes(free)} free; "
-            "make room, save less, or use --feature_dtype float16"
-        )
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.3f} GB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
-
-
-def make_manifest(args: argparse.Namespace, bulk: Bulk, model: LoadedModel) -> dict[str, Any]:
-    """What makes the features of a bulk run. All of `made_from` must be the same for a run to go on; the rest tells who began it."""
-    weights = model.weights.describe()
-    weights.pop("path", None)
-    return {
-        "made_from": {
-            "images": len(bulk.images),
-            "image_list_sha256": bulk.images.sha256(),
-            "part_size": bulk.part_size,
-            "features": {name: list(shape) for name, shape in bulk.shapes.items()},
-            "feature_dtype": bulk.dtype,
-            "dtype": model.dtype_name,
-            "allow_hf32": model.device.allow_hf32,
-            "image_size": model.preprocess.image_size,
-            "preprocess": json.loads(json.dumps(dataclasses.asdict(model.preprocess))),
-            "pooler": model.pooler,
-            "weights": weights,
-        },
-        "parts": bulk.part_count,
-        "weights_label": model.weights.label,
-        "device_name": model.device.name,
-        "versions": versions(),
-        "command": command_line(),
-        "time_utc": utc_now(),
-    }
-
-
-def agree_on_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write manifest.json, or check the one that is there. Raises UsageError saying what differs."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        if any(folder.glob("part-*.npz")):
-            raise UsageError(f"--output {folder}: it holds parts but no manifest.json; use an empty or new folder")
-        write_json(path, manifest)
-    made_from = _read_json(path, "the manifest").get("made_from", {})
-    for key, value in manifest["made_from"].items():
-        if made_from.get(key) != value:
-            raise UsageError(
-                f"--output {folder}: begun with another {key} ({_short(made_from.get(key))}, now {_short(value)}); "
-                "repeat the first command (manifest.json has it) or use another folder"
-            )
-    older = _read_json(path, "the manifest").get("versions")
-    if older != manifest["versions"]:
-        log.warning("This run was begun with other versions: %s, now %s", _short(older), _short(manifest["versions"]))
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-class _LogLines(io.StringIO):
-    """Makes log lines of what tqdm writes, where there is no terminal to draw a bar on."""
-
-    def write(self, text: str) -> int:
-        if text.strip():
-            log.info("%s", text.strip())
-        return len(text)
-
-
-def progress_bar(total: int, visible: bool) -> Any:
-    """A bar on a terminal, a log line every half minute elsewhere: images done, rate, time left, failures."""
-    from tqdm import tqdm
-
-    lines = not sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        unit="img",
-        disable=not visible,
-        file=_LogLines() if lines else None,
-        mininterval=30 if lines else 0.2,
-        dynamic_ncols=not lines,
-        bar_format="{n_fmt} of {total_fmt} images, {rate_noinv_fmt}, {remaining} left{postfix}" if lines else None,
-    )
 
 
 # --- log, results, provenance ----------------------------------------------------------------------------------------
@@ -1807,25 +1727,36 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         self.setLevel(logging.CRITICAL + 1)
-        log.error("%s: the log cannot be written any more (%s)", self.baseFilename, sys.exc_info()[1])
+        log.error(f"{self.baseFilename}: the log cannot be written any more ({sys.exc_info()[1]})")
 
     def close(self) -> None:
         with suppress(OSError):  # what could not be written is still in its buffer
             super().close()
 
 
-def start_log(path: Path) -> None:
-    """Log to the terminal and append to `path`, as `2026-05-15 04:33:04,368 [INFO] text`. Raises UsageError if that cannot be."""
-    layout = "%(asctime)s [%(levelname)s] %(message)s"
+LOG_LAYOUT = logging.Formatter("%(asctime)s [%(levelname)s] %(message)s")
+
+
+def start_log() -> None:
+    """Log to the terminal, and keep the lines for a file that open_log() names once it is known what the run is."""
     stop_log()
     if hasattr(sys.stderr, "reconfigure"):
         sys.stderr.reconfigure(errors="backslashreplace")  # names of files need not be valid text
     terminal = logging.StreamHandler()
-    terminal.setFormatter(_TerminalFormatter(layout))
-    terminal.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    terminal.setFormatter(_TerminalFormatter(LOG_LAYOUT._fmt))
     log.addHandler(terminal)
+    log.addHandler(logging.handlers.MemoryHandler(capacity=1 << 20, flushLevel=logging.CRITICAL + 1))
     log.setLevel(logging.INFO)
     log.propagate = False
+    terminal.setLevel(logging.WARNING if rank_of("RANK", 0) else logging.INFO)
+
+
+def open_log(path: Path) -> None:
+    """Append to `path` what was logged and will be. Raises UsageError if that cannot be."""
+    kept = next((handler for handler in log.handlers if isinstance(handler, logging.handlers.MemoryHandler)), None)
+    if kept is None:
+        return  # a file is open already, or nobody has started a log
+    log.removeHandler(kept)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
@@ -1833,8 +1764,10 @@ def start_log(path: Path) -> None:
         raise UsageError(
             f"{path}: the log cannot be written ({error.strerror}); name another file with --output_log"
         ) from error
-    file.setFormatter(logging.Formatter(layout))
+    file.setFormatter(LOG_LAYOUT)
     log.addHandler(file)
+    kept.setTarget(file)
+    kept.close()
 
 
 def stop_log() -> None:
@@ -1844,11 +1777,40 @@ def stop_log() -> None:
         handler.close()
 
 
-def log_images(images: ImageList) -> None:
-    if len(images) == 1:
-        log.info("Loading image: %s", images[0].name)
-    else:
-        log.info("%s images, %s other files ignored", f"{len(images):,}", f"{images.ignored:,}")
+def result_name(name: str, kind: str) -> str:
+    """An NPU's results have the deliverables' names, those of another device carry its name: inference, inference_cpu."""
+    return name if kind == "npu" else f"{name}_{kind}"
+
+
+def settle(args: argparse.Namespace, kind: str, trial: bool) -> None:
+    """Decide where log and result of a run go, and open the log: results/ and logs/, or their trial/ folders.
+
+    --output_log and --results_dir are obeyed to the letter. args.script is the script's name for them.
+    """
+    name = result_name(args.script, kind)
+    folder = "trial" if trial else "."
+    args.results = Path(args.results_dir) if args.results_dir else ROOT / "results" / folder
+    rank = f"_rank{rank_of('RANK', 0)}" if rank_of("RANK", 0) else ""
+    open_log(Path(args.output_log) if args.output_log else ROOT / "logs" / folder / f"{name}{rank}.log")
+
+
+def is_trial(args: argparse.Namespace, model: LoadedModel) -> bool:
+    """Whether a run's outcome is no evidence: not the card's weights and not --publish, or less than what is on record."""
+    if model.is_evidence:
+        return False
+    record = read_record(ROOT / "results" / f"{result_name(args.script, model.device.kind)}.json")
+    if args.publish and record.get("weights", {}).get("source") == "checkpoint":
+        log.warning("--publish: a checkpoint's result is on record and stays; this one goes to results/trial/")
+        return True
+    return not args.publish
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A result that is on record, or {} where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record if isinstance(record, dict) else {}
+    return {}
 
 
 @contextmanager
@@ -1857,7 +1819,7 @@ def replacing(path: Path) -> Iterator[Any]:
 
     Raises UsageError if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -1884,37 +1846,57 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
         file.write((json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
 
 
-def result_name(name: str, kind: str) -> str:
-    """An NPU's results have the deliverables' names, those of another device carry its name: inference, inference_cpu."""
-    return name if kind == "npu" else f"{name}_{kind}"
-
-
-def write_result(name: str, args: argparse.Namespace, data: dict[str, Any]) -> Path:
-    """Write results/NAME.json (NAME_cpu.json and so on for other devices) and log it. Returns its path."""
-    path = Path(args.results_dir) / f"{result_name(name, data['device'])}.json"
+def write_result(args: argparse.Namespace, data: dict[str, Any]) -> Path:
+    """Write the result where settle() decided: NAME.json (NAME_cpu.json and so on for other devices). Returns its path."""
+    path = args.results / f"{result_name(args.script, data['device'])}.json"
     write_json(path, data)
-    log.info("Results saved to %s", relative_to_root(path))
+    log.info(f"Results saved to {relative_to_root(path)}")
     return path
 
 
-def provenance(args: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
-    """What every result carries: when, by which command and code, on which device, with which weights."""
+def write_blocked(args: argparse.Namespace, blocked: Blocked) -> None:
+    """Record why the device cannot be used; where a measurement or a BLOCKED with this reason is on record, in trial/."""
+    kind = args.device.partition(":")[0]
+    record = read_record(Path(args.results_dir or ROOT / "results") / f"{result_name(args.script, kind)}.json")
+    settle(args, kind, trial=bool(record) and (record.get("status") != "BLOCKED" or record.get("reason") == blocked.reason))
+    if args.script == "embed" or (args.results_dir and record and record.get("status") != "BLOCKED"):
+        return
+    data = {"status": "BLOCKED", "device": kind, "reason": blocked.reason, "what_to_do": blocked.remedy}
+    write_result(args, data | {"dtype": args.dtype} | run_provenance())
+
+
+def run_provenance() -> dict[str, Any]:
+    """What every result carries of its making: when, by which command and code, versions, and what decides silently."""
+    scripts = {path.resolve() for path in (Path(__file__), Path(sys.argv[0])) if path.is_file()}
     return {
         "time_utc": utc_now(),
         "command": command_line(),
         **git_state(),
-        "scripts_sha256": {
-            relative_to_root(path): _sha256(path)
-            for path in sorted({Path(__file__).resolve(), Path(sys.argv[0]).resolve()})
-            if path.is_file()
-        },
-        "device_name": model.device.name,
+        "scripts_sha256": {relative_to_root(path): sha256(path) for path in sorted(scripts)},
         "versions": versions(),
-        "allow_hf32": model.device.allow_hf32,
+        "environment": {name: os.environ[name] for name in SILENT_VARIABLES if name in os.environ}
+        | {name: value for name, value in os.environ.items() if name.startswith("ACL_")},
+    }
+
+
+def provenance(args: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
+    """run_provenance(), and on which device with which model and weights."""
+    config, device = model.module.config, model.device
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
+    return run_provenance() | {
+        "device_name": device.name,
+        "allow_hf32": device.allow_hf32,
+        "deterministic": device.deterministic,
+        "strict_float32": model.dtype_name == "float32" and not device.allow_hf32,
+        "levers": list(model.levers),
+        "model": model.name.rpartition("/")[2],
+        "dimensions": {name: getattr(config, name, None) for name in names},
+        "preprocess": dataclasses.asdict(model.preprocess),
         "parameters": model.parameters,
         "missing_keys": model.missing_keys,
         "pooler": model.pooler,
         "weights": model.weights.describe(),
+        "tuned": getattr(args, "tuning", None),
     }
 
 
@@ -1923,61 +1905,50 @@ def utc_now() -> str:
 
 
 def relative_to_root(path: Path) -> str:
-    """`path` as seen from the bundle where it lies in it: results should not tell where somebody's copy is."""
+    """`path` as seen from the bundle where it lies in it."""
     path = path.resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
+def shown_path(text: str) -> str:
+    """A path as a result may show it: from the bundle's root, or an absolute one elsewhere by its name alone."""
+    shown = relative_to_root(Path(text)) if os.path.isabs(text) else text
+    return f".../{Path(shown).name}" if os.path.isabs(shown) else shown
+
+
 def command_line() -> str:
-    return shlex.join(["python", relative_to_root(Path(sys.argv[0])), *sys.argv[1:]])
+    shown = ("=".join(map(shown_path, argument.split("=", 1))) for argument in sys.argv[1:])
+    return shlex.join(["python", shown_path(os.path.abspath(sys.argv[0])), *shown])
+
+
+def git(*arguments: str) -> str | None:
+    """What git prints about this bundle; None without git, outside a repository of its own, or where it fails or hangs."""
+    command = ["git", "-C", str(ROOT), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def git_state() -> dict[str, Any]:
     """The commit, and whether any Python file differs from it; null for both where there is no git or no repository."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {
-            "git_commit": git("rev-parse", "HEAD"),
-            "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", "*.py")),
-        }
-    except (OSError, subprocess.CalledProcessError):
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != ROOT:
         return {"git_commit": None, "git_dirty": None}
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed)}
 
 
 def versions() -> dict[str, str | None]:
     """Versions of what computes: null where it is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("torch_npu", "transformers", "numpy", "pillow"):
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": None}
+    for name in ("torch", "torch_npu", "transformers", "numpy", "pillow"):
         try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+            found[name] = torch.__version__ if name == "torch" else importlib.metadata.version(name)
+        except (ImportError, importlib.metadata.PackageNotFoundError):
             found[name] = None
     return found
-
-
-def read_locks(path: Path = ROOT / "locked_models.md") -> dict[str, str]:
-    """SHA-256 by file name, from the rows `| file | bytes | sha256 |` of locked_models.md that record one."""
-    if not path.is_file():
-        return {}
-    rows = re.findall(r"^\| *`([^`|]+)` *\|[^|]*\| *`([0-9a-f]{64})` *\|", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return dict(rows)
-
-
-def check_lock(weights: Weights, allow_unlocked: bool) -> None:
-    """Raises UsageError if a weight file's hash is not the one that locked_models.md records for a file of its name."""
-    locks = read_locks()
-    for name, digest in weights.files.items():
-        log.info("Weights: %s, sha256 %s", name, digest.result())
-        if name in locks and locks[name] != digest.result():
-            message = f"{name}: its sha256 is not the one recorded in locked_models.md ({locks[name][:12]}...)"
-            if not allow_unlocked:
-                raise UsageError(
-                    f"{message}; nothing was saved. Fetch the weights again, or use --allow_unlocked for other weights"
-                )
-            log.warning("%s; accepted by --allow_unlocked", message)
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
@@ -2001,170 +1972,197 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def positive_int(text: str) -> int:
     """An argparse type: a whole number above zero."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999999")
     return int(text)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that mean the same in every script."""
-    group = parser.add_argument_group("model and device")
-    group.add_argument(
+    add = parser.add_argument_group("model and device").add_argument
+    add(
         "--model_path",
         default=DEFAULT_MODEL_PATH,
         help="folder, hub id or Meta's native .pth (default: %(default)s, else the hub)",
     )
-    group.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:N, npu or npu:N (default: an NPU, else a GPU, else the CPU)"
+    add("--device", type=device_spec, default="auto", help="auto (an NPU, else a GPU, else the CPU), cpu, cuda[:N], npu[:N]")
+    add("--dtype", choices=DTYPES, default="float32", help="arithmetic of the model (default: %(default)s)")
+    add("--image_size", type=positive_int, metavar="PIXELS", help="side of the input (default: the checkpoint's, 224)")
+    add(
+        "--resize",
+        choices=RESIZES,
+        default="crop",
+        help="crop: the checkpoint's way; squash: no crop; 256: short edge 256, crop",
     )
-    group.add_argument("--dtype", choices=DTYPES, default="float32", help="arithmetic of the model (default: %(default)s)")
-    group.add_argument(
-        "--image_size",
-        type=positive_int,
-        metavar="PIXELS",
-        help="side of the input, a multiple of 16 (default: the checkpoint's, 224)",
-    )
-    group.add_argument(
-        "--allow_hf32",
-        action="store_true",
-        help="let float32 be rounded (HF32 on an NPU, TF32 on a GPU): faster, 1000 times less exact",
-    )
-    group.add_argument(
-        "--random_weights",
-        action="store_true",
-        help="seeded random weights: to try the pipeline and its speed without the checkpoint",
-    )
-    group.add_argument(
-        "--trust_remote_code",
-        action="store_true",
-        help="run Python code that comes with a checkpoint: only if you trust its source",
-    )
-    group.add_argument(
-        "--allow_unlocked", action="store_true", help="accept weights whose sha256 is not the one recorded in locked_models.md"
-    )
-    group.add_argument(
-        "--output_log", metavar="FILE", help="append the log to FILE (default: logs/, named after the script and device)"
-    )
-    group.add_argument(
-        "--results_dir", default=str(ROOT / "results"), metavar="DIR", help="folder for the JSON result (default: results/)"
-    )
+    add("--allow_hf32", action="store_true", help="let float32 be rounded (HF32, TF32): faster, 1000 times less exact")
+    add("--deterministic", action="store_true", help="the same bits on every run on an NPU, at some cost (embed.py: always)")
+    add("--without", nargs="+", choices=LEVERS, default=[], metavar="LEVER", help=f"switch off any of {', '.join(LEVERS)}")
+    add("--tuned", choices=("throughput", "latency", "faithful"), help="use what eval/tune.py picked, not other flags")
+    add("--random_weights", action="store_true", help="seeded random weights: to try the pipeline and its speed")
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with a checkpoint: only if you trust it")
+    add("--allow_unlocked", action="store_true", help="accept files whose sha256 is not the one in locked_models.md")
+    add("--publish", action="store_true", help="write the outcome of random or other weights to results/ all the same")
+    add("--output_log", metavar="FILE", help="append the log to FILE (default: logs/, for a trial logs/trial/)")
+    add("--results_dir", metavar="DIR", help="folder for the JSON result (default: results/, for a trial results/trial/)")
+
+
+def apply_tuning(args: argparse.Namespace) -> None:
+    """--tuned: take arithmetic, execution, batch size and environment from eval/tune.py's pick, before torch is imported."""
+    args.tuning, kind = None, args.device.partition(":")[0]
+    if getattr(args, "tuned", None) is None:
+        return
+    if kind == "auto":
+        raise UsageError(f"--tuned {args.tuned}: name the device that was tuned, with --device npu, cuda or cpu")
+    folders = [Path(args.results_dir)] if args.results_dir else [ROOT / "results", ROOT / "results" / "trial"]
+    for path in (folder / f"{result_name('tuned', kind)}.json" for folder in folders):
+        record = read_record(path)
+        pick = (record.get("picks") or {}).get(args.tuned)
+        if pick and (record["tuned_on"]["weights"]["source"] == "random") == args.random_weights:
+            break
+    else:
+        raise UsageError(f"--tuned {args.tuned}: nothing was found for it yet; run first: python eval/tune.py --device {kind}")
+    for name in record["variables"]:
+        os.environ.pop(name, None)
+    os.environ.update(pick["environment"])
+    for name in ("dtype", "allow_hf32", "without", "execution"):
+        setattr(args, name, pick[name])
+    args.batch_size = getattr(args, "batch_size", None) or pick["batch_size"]
+    tuned_on = record["tuned_on"] | {"device": pick["device_name"]}
+    args.tuning = {"file": relative_to_root(path), "for": args.tuned, "tuned_on": tuned_on} | pick
+
+
+def what_is_tuned(model: LoadedModel) -> dict[str, Any]:
+    """What a tuning holds for, and nothing else."""
+    weights, found = model.weights.describe(), versions()
+    return {
+        "device": model.device.name,
+        "versions": {name: found[name] for name in ("torch", "torch_npu", "transformers")},
+        "weights": {name: weights.get(name) for name in ("source", "sha256", "seed")},
+        "image size": model.preprocess.image_size,
+    }
+
+
+def load_as_asked(args: argparse.Namespace, device: Device, **changes: Any) -> LoadedModel:
+    """load_model with the flags of add_model_arguments; `changes` are arguments of load_model that differ from them."""
+    names = ("model_path", "dtype", "image_size", "resize", "random_weights", "trust_remote_code", "allow_unlocked")
+    asked = {name: getattr(args, name) for name in names}
+    asked["levers"] = tuple(lever for lever in LEVERS if lever not in args.without)
+    return load_model(device, **asked | changes)
 
 
 def load_from_args(args: argparse.Namespace, device: Device) -> LoadedModel:
-    """load_model with the flags of add_model_arguments, and a log of what was loaded."""
-    log.info("Loading %s from %s ...", MODEL_NAME, "random weights" if args.random_weights else args.model_path)
-    model = load_model(device, args.model_path, args.dtype, args.image_size, args.random_weights, args.trust_remote_code)
-    log.info("Model loaded on %s, dtype=%s (%s)", device.kind, model.dtype, model.weights.label)
-    log.info("Parameters: %s (%.1fM)", f"{model.parameters:,}", model.parameters / 1e6)
-    recommended = recommended_arithmetic(Path(args.results_dir), device.kind)
-    if recommended:
-        log.info("Fastest arithmetic within the accuracy bar on this kind of device: %s", recommended)
-    if model.missing_keys:
-        log.warning("Missing from the checkpoint: %s", ", ".join(model.missing_keys))
-    if model.pooler in ("missing", "untrained"):
-        state = (
-            "missing from the checkpoint, seeded here"
-            if model.pooler == "missing"
-            else "untrained, as an initialisation leaves it"
+    """load_as_asked, a log of what was loaded, and the decision where log and result of the run go."""
+    log.info(f"Loading {MODEL_NAME} from {'random weights' if args.random_weights else args.model_path} ...")
+    model = load_as_asked(args, device)
+    settle(args, device.kind, is_trial(args, model))
+    if tuning := getattr(args, "tuning", None):
+        for what, here in what_is_tuned(model).items():
+            if tuning["tuned_on"][what] != here:
+                told = f"{tuning['file']} is of another {what}: {tuning['tuned_on'][what]}, not {here}"
+                raise UsageError(f"--tuned: {told}; run again: python eval/tune.py --device {device.kind}")
+        log.info(f"Tuned for {args.tuned} by {tuning['file']}: {json.dumps(tuning)}")
+    log.info(f"Model loaded on {device.kind}, dtype={model.dtype} ({model.weights.label})")
+    log.info(f"Parameters: {model.parameters:,} ({model.parameters / 1e6:.1f}M)")
+    log.info(f"Levers: {', '.join(model.levers) or 'none'}")
+    if model.name != HUB_ID:
+        log.warning(f"This is not {MODEL_NAME} but {model.name}; no evidence for this bundle's page")
+    if model.weights.note:
+        log.warning(
+            f"The weights {model.weights.note.replace('looks', 'look')}: every layer norm is as an initialisation leaves it"
         )
-        log.warning("Pooler: %s. Its output is a random projection of the class token, not a learned feature", state)
+    if model.missing_keys:
+        log.warning(f"Missing from the checkpoint: {', '.join(model.missing_keys)}")
+    state = {"missing": "missing from the checkpoint, seeded here", "untrained": "untrained, as an initialisation leaves it"}
+    if model.pooler in state:
+        log.warning(
+            f"Pooler: {state[model.pooler]}. Its output is a random projection of the class token, not a learned feature"
+        )
     return model
 
 
-def recommended_arithmetic(results: Path, kind: str) -> str | None:
-    """What `eval_accuracy.py --sweep` found, and where it says so; None where it has not run."""
-    path = results / f"{result_name('accuracy_eval', kind)}.json"
-    with suppress(OSError, ValueError, AttributeError):
-        recommended = json.loads(path.read_text(encoding="utf-8")).get("recommended")
-        return f"{recommended} ({relative_to_root(path)})" if recommended else None
-    return None
+def run_script(script: str, args: argparse.Namespace, body: Callable[[argparse.Namespace, Device], int]) -> int:
+    """Open the device, run body(args, device), and turn whatever ends it into an exit code, one line, and what must be kept.
 
-
-def run_script(name: str, args: argparse.Namespace, body: Callable[[argparse.Namespace, Device], int]) -> int:
-    """Open the device and the log, run body(args, device), and turn whatever ends it into an exit code and one line."""
-    previous_handler = signal.signal(signal.SIGTERM, _stop)
-    device: Device | None = None
-    failure: Exception | None = None
+    A body calls load_from_args, which decides where the log goes; what ends before that is logged to logs/trial/.
+    """
+    args.script = script
+    stopping.last_words = "stopped; nothing was saved"
+    previous = stopping.listen()
     try:
-        device = open_device(args.device, args.allow_hf32)
-    except (Blocked, UsageError) as error:
-        failure = error
-    try:
-        kind = device.kind if device else args.device.partition(":")[0]
-        rank = f"_rank{os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""
-        start_log(Path(args.output_log or ROOT / "logs" / f"{result_name(name, kind)}{rank}.log"))
-        if failure is not None:
-            raise failure
-        log.info("Device: %s, %s (%s)", device.torch_device, device.name, device.reason)
-        if args.dtype == "float32":
-            log.info(
-                "float32 arithmetic: %s",
-                "rounded where the device can (HF32, TF32)" if args.allow_hf32 else "true float32 (no HF32, no TF32)",
-            )
+        start_log()
+        apply_tuning(args)
+        device = _open_as_asked(args)
+        stopping.graceful = True
         return body(args, device)
     except Blocked as error:
-        log.error("BLOCKED: %s", error)
+        try:
+            write_blocked(args, error)
+        except UsageError as unwritten:
+            log.error(f"error: {unwritten}")
+        log.error(f"BLOCKED: {error}")
         return 3
     except UsageError as error:
-        log.error("error: %s", error)
+        log.error(f"error: {error}")
         return 2
     except KeyboardInterrupt as error:
-        log.error("%s", str(error) or "stopped; nothing was saved")
+        log.error(str(error) or stopping.last_words)
         return 130
+    except Exception as error:
+        _settle_anyhow(args)
+        log.error(
+            f"error: {type(error).__name__}: {first_line(error)} (unforeseen; the traceback is in the log)", exc_info=True
+        )
+        return 70
     finally:
+        _settle_anyhow(args)
         stop_log()
-        signal.signal(signal.SIGTERM, previous_handler)
+        stopping.graceful = False
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def _stop(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
+def _open_as_asked(args: argparse.Namespace) -> Device:
+    try:
+        device = open_device(args.device, args.allow_hf32, args.deterministic)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error}. Run: pip install -r requirements.txt") from error
+    if device.kind == "npu" and args.dtype == "float16" and os.environ.get("INF_NAN_MODE_FORCE_DISABLE") == "1":
+        raise UsageError(
+            "INF_NAN_MODE_FORCE_DISABLE=1 lets float16 saturate, so no overflow is seen; unset it, or use --dtype float32"
+        )
+    log.info(f"Device: {device.torch_device}, {device.name} ({device.reason})")
+    if args.dtype == "float32":
+        strict = "true float32 (no HF32, no TF32, erf GELU)"
+        log.info(f"float32 arithmetic: {'rounded where the device can (HF32, TF32)' if args.allow_hf32 else strict}")
+    return device
+
+
+def _settle_anyhow(args: argparse.Namespace) -> None:
+    with suppress(UsageError):
+        settle(args, args.device.partition(":")[0], trial=True)
+
+
+def add_feature_arguments(parser: argparse.ArgumentParser, images: str, output: str) -> None:
+    """The flags about features that inference.py and embed.py share."""
+    add = parser.add_argument_group("images and features").add_argument
+    add("--image_path", nargs="+", required=True, metavar="PATH", help=images)
+    add("--output", metavar="PATH", help=output)
+    layers = "-1: the output, after the final norm (default); 1 to 24, or -2 to -24: as that layer leaves it"
+    add("--layers", nargs="+", type=int, default=[-1], metavar="N", help=layers)
+    add("--norm_layers", action="store_true", help="apply the final norm to these layers too (their names say so)")
+    add("--save_patch_tokens", action="store_true", help="save all patch tokens too: 100 times the size")
+    add("--save_pooler", action="store_true", help="save the pooler's output too: no learned feature unless it is trained")
+    add("--feature_dtype", choices=DTYPES[:2], default="float32", help="how features are saved (default: %(default)s)")
+    add("--batch_size", type=positive_int, metavar="N", help="images at once (default: 8 on the CPU, 64 elsewhere)")
+    add(
+        "--execution", choices=("eager", "graph"), default="eager", help="graph: capture the forward pass, replay it (NPU, GPU)"
+    )
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
-    group = parser.add_argument_group("images and output")
-    group.add_argument(
-        "--image_path", nargs="+", required=True, metavar="PATH", help="images, folders, globs, .txt lists of paths, .tar files"
-    )
-    group.add_argument(
-        "--output",
-        metavar="PATH",
-        help="NAME.npz for the features of a few images, a folder for any number (in parts, resumable)",
-    )
-    group.add_argument("--pca", metavar="FILE.png", help="draw each crop beside its patch tokens as colours (few images only)")
-    group.add_argument("--save_patch_tokens", action="store_true", help="save all patch tokens too: 100 times the size")
-    group.add_argument(
-        "--save_pooler",
-        action="store_true",
-        help="save the pooler's output too: not a learned feature unless the pooler is trained",
-    )
-    group.add_argument(
-        "--feature_dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="how features are saved (default: %(default)s)",
-    )
-    group.add_argument(
-        "--batch_size",
-        type=positive_int,
-        metavar="N",
-        help="images at once (default: 8 on the CPU, 64 elsewhere; halved when memory is short)",
-    )
-    group.add_argument(
-        "--num_workers", type=int, metavar="N", help="decoding processes of a bulk run (default: by the cores there are)"
-    )
-    group.add_argument(
-        "--part_size",
-        type=positive_int,
-        metavar="N",
-        help="images in a part of a bulk run (default: 10000; 200 with patch tokens)",
-    )
-    group.add_argument(
-        "--execution",
-        choices=("eager", "graph"),
-        default="eager",
-        help="graph: capture the forward pass and replay it (NPU, GPU)",
-    )
+    add_feature_arguments(parser, "images, globs, folders", "NAME.npz for the features (embed.py writes folders)")
+    parser.add_argument("--pca", metavar="FILE", help="draw each crop beside its patch tokens as colours: FILE.png or FILE.jpg")
     add_model_arguments(parser)
     return parser
 
@@ -2172,12 +2170,11 @@ def make_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    in_parts = args.output is not None and not args.output.endswith(".npz")
-    if in_parts and args.pca:
-        parser.error("--pca draws a few images: use it without --output FOLDER")
-    if args.num_workers is not None and args.num_workers < 0:
-        parser.error("--num_workers: 0 (decode in this process) or more")
-    return run_script("inference", args, run_bulk if in_parts else run_few)
+    if args.output is not None and not args.output.endswith(".npz"):
+        parser.error(f"--output {args.output!r}: the name must end in .npz; folders are written by embed.py")
+    if args.pca is not None and Path(args.pca).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        parser.error(f"--pca {args.pca}: the name must end in .png or .jpg")
+    return run_script("inference", args, run_few)
 
 
 if __name__ == "__main__":
