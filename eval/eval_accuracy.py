@@ -417,7 +417,7 @@ RECIPE_COLUMNS = (
 CHINESE = {
     **dict(zip(LABELS.values(), ("池化输出", "隐藏状态", "类别词元", "图块词元均值"), strict=True)),
     **{"Patch embedding": "图块嵌入", "patch embedding": "图块嵌入", "position embedding": "位置嵌入", "pixels": "像素"},
-    **{"attention": "注意力", "MLP": "MLP", "final norm": "末层归一化", "pooler": "池化层", "layer": "第", "nowhere": "无"},
+    **{"attention": "注意力", "MLP": "MLP", "final norm": "末层归一化", "pooler": "池化层", "nowhere": "无"},
     **{"yes": "是", "no": "否", "kept": "保持", "lost": "下降", "none": "无", "not available": "不可用"},
 }
 

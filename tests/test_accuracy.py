@@ -154,6 +154,28 @@ def test_nan_and_infinity_are_counted_and_fail():
     assert (judged["overall"], judged["faithful"], judged["smallest_bar_percent"]) == ("FAIL", False, None)
 
 
+def test_each_bar_turns_at_its_own_limit():
+    reference = np.ones((1, 4, 8))
+    value = reference.copy()
+    value[:, :, ::2] += 0.01  # a filtered MRE of 0.5%, a relative L2 of 0.707% for each token and for all
+    passed = {bar: metrics(value, reference, bar, 0.9999) for bar in (0.49, 0.51, 0.7, 0.71)}
+    assert [passed[bar]["mre_pass"] for bar in passed] == [False, True, True, True]
+    assert [passed[bar]["l2_pass"] for bar in passed] == [False, False, False, True]
+    assert [passed[bar]["worst_token_pass"] for bar in passed] == [False, False, False, True]
+    cosine = passed[0.49]["cosine_similarity"]
+    assert metrics(value, reference, 1.0, cosine - 1e-9)["cosine_pass"] is True
+    assert metrics(value, reference, 1.0, cosine + 1e-9)["cosine_pass"] is False
+
+
+def test_the_smallest_bar_can_be_that_of_the_relative_error():
+    reference = {"class_token": np.array([[[100.0] + 99 * [11.0]]])}
+    value = {"class_token": reference["class_token"] + np.array([[[0.0] + 99 * [0.11]]])}
+    found = judge(value, reference, reference, (5.0, 0.9), True)
+    mre = found["class_token"]["relative_error"]["filtered_mean_relative_error"]
+    assert mre == pytest.approx(0.0099) and mre > found["class_token"]["worst_token_relative_l2_error"]
+    assert found["smallest_bar_percent"] == pytest.approx(0.99)
+
+
 def test_faithful_is_judged_against_float64_and_the_bars_against_the_reference():
     truth = {"class_token": np.ones((1, 1, 4))}
     near, far = {"class_token": truth["class_token"] * (1 + 9e-6)}, {"class_token": truth["class_token"] * (1 + 2e-5)}
@@ -177,6 +199,7 @@ def test_the_smallest_bar_is_the_one_that_turns_the_verdict():
     ("own", "plain", "fault"),
     [
         ([3e-7, 4e-7, 5e-7], [2e-7, 3e-7, 3e-7], False),
+        ([3e-6, 3e-6, 3e-6], [3e-7, 3e-7, 3e-7], True),
         ([9e-7, 1e-5, 1e-5], [2e-7, 3e-7, 3e-7], True),  # the median
         ([8e-6, 8e-6, 8e-6], [3e-6, 3e-6, 3e-6], False),  # a block that is inexact in plain float32 too
         ([1e-7, 1e-7, 1e-4], [1e-7, 1e-7, 1e-7], True),  # one token
