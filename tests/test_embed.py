@@ -7,7 +7,7 @@ import fcntl
 import io
 import itertools
 import json
-import multiprocessing
+import multiprocessing.queues
 import os
 import shutil
 import signal
@@ -175,6 +175,7 @@ def shard(tmp_path) -> Path:
         if (SAMPLES / "coffee.jpg").exists()
         else (SAMPLES / "chelsea.jpg").read_bytes(),
         "000120002.txt": "一杯咖啡\n".encode(),
+        "000120002.json": b'{"url": "https://example.org/coffee.jpg"}',
         "000120002.cls": b"3",
     }
     return make_tar(tmp_path / "shards" / "00012.tar", members)
@@ -194,7 +195,7 @@ def test_a_tar_is_a_folder(shard):
 def test_captions_come_along_from_a_tar(bulk, shard, photos):
     part = np.load(bulk(images=shard).parts[0])
     assert part["caption"].tolist() == ["a tabby cat", "", "一杯咖啡"]
-    assert part["url"].tolist() == [CAPTION["url"], "", ""]
+    assert part["url"].tolist() == [CAPTION["url"], "", "https://example.org/coffee.jpg"]
     assert part["key"].tolist() == [CAPTION["key"], "", ""]
     assert part["path"].tolist() == [f"{shard}/{name}" for name in ("000120001.jpg", "folder/000120000.PNG", "000120002.jpg")]
 
@@ -623,7 +624,7 @@ def test_an_output_folder_that_goes_is_no_success(bulk, monkeypatch, tmp_path, h
 
 
 @pytest.mark.parametrize("error", ["killed", "timeout", ConnectionResetError, EOFError, BrokenPipeError])
-def test_a_worker_that_is_lost_is_one_line(bulk, monkeypatch, error):
+def test_a_worker_that_is_lost_is_one_line(bulk, monkeypatch, request, error):
     parent = os.getpid()
 
     def deadly(key, preprocess):
@@ -633,6 +634,14 @@ def test_a_worker_that_is_lost_is_one_line(bulk, monkeypatch, error):
             threading.Event().wait(5)
         return read_crop(key, preprocess)
 
+    def in_whatever_runs(_signal, _frame):  # as torch's own handler does
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    submit = inference.Encoder.submit
+    monkeypatch.setattr(inference.Encoder, "submit", lambda *given: threading.Event().wait(0.1) or submit(*given))
+    before = signal.getsignal(signal.SIGCHLD)
+    request.addfinalizer(lambda: signal.signal(signal.SIGCHLD, before))
+    monkeypatch.setattr(embed, "shares_memory", lambda *_given: bool(signal.signal(signal.SIGCHLD, in_whatever_runs)) or True)
     monkeypatch.setattr(embed, "read_crop", deadly)
     monkeypatch.setattr(embed, "LOADER_TIMEOUT_S", 1 if error == "timeout" else 60)
     if not isinstance(error, str):
