@@ -887,7 +887,10 @@ def count_lost(batch: Batch, delivered: set[str], lost: int) -> int:
 
 def _finish_part(lock: FolderLock, rows: _Rows) -> None:
     lock.check_folder()
-    write_part(rows.bulk.path(rows.part), rows.arrays())
+    try:
+        write_part(rows.bulk.path(rows.part), rows.arrays())
+    finally:
+        lock.check_folder()  # a folder that goes meanwhile says more than what could not be written
     stopping.last_words = f"stopped; {rows.bulk.how_to_go_on()}"
 
 
