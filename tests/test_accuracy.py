@@ -379,6 +379,31 @@ def test_own_error_stands_beside_what_is_inherited(grown, cpu):
     assert {row["float32_own_relative_l2_error"] < 1e-6 for row in rows.values()} == {True}
 
 
+BIG_FAULTS = {
+    "patch embedding": lambda module: module.embeddings.patch_embeddings,
+    "position embedding": lambda module: module.embeddings,
+    "layer 4 attention": lambda module: last_linear(inference.layers_of(module)[3], "attention"),
+    "layer 6 MLP": lambda module: last_linear(inference.layers_of(module)[5], "MLP"),
+    "final norm": lambda module: module.layernorm,
+    "pooler": lambda module: module.pooler.dense,
+}
+
+
+@pytest.mark.parametrize("stage", BIG_FAULTS)
+def test_nothing_that_comes_after_a_big_fault_is_blamed_for_it(grown, cpu, stage):
+    def change(model):
+        part = BIG_FAULTS[stage](model.module)
+        part.register_forward_hook(lambda _part, _inputs, output: output + 0.5 * output.roll(1, -1))
+
+    assert [row["stage"] for row in measured(grown(0.0), cpu, change) if row["at_fault"]] == [stage]
+
+
+def test_plain_float32_is_measured_against_float64(grown, cpu):
+    for row in measured(grown(0.0), cpu, levers=()):
+        assert 0 < row["relative_l2_error"] < 2e-6, row["stage"]
+        assert 0 < row["own_relative_l2_error"] == row["float32_own_relative_l2_error"]
+
+
 def test_the_position_embedding_and_the_final_norm_answer_for_themselves(grown, cpu):
     def shift(model):
         model.module.embeddings.position_embeddings.mul_(1.001)
@@ -664,9 +689,18 @@ def test_the_recipe_names_the_layers_that_must_stay_in_float32(evaluate):
     assert all(row["smallest_bar_percent"] < 1.0 for row in tried.values() if row["overall"] == "PASS")
 
 
-def test_float32_layers_of_a_recipe_are_float32(evaluate):
+def test_layers_of_a_recipe_that_stay_in_float32_are_float32(evaluate):
     done = evaluate("--dtype", "bfloat16", "--recipe", "--threshold_percent", "0.001", device="cpu", folder=TRAINED)
-    assert (done.result["recipe"]["best"]["first"], done.result["recipe"]["best"]["smallest_bar_percent"] < 1e-3) == (6, True)
+    tried = {(row["first"], row["last"]): row for row in done.result["recipe"]["tried"]}
+    assert tried[6, 0]["smallest_bar_percent"] < 1e-3 and tried[0, 6]["smallest_bar_percent"] < 1e-3
+    assert done.result["recipe"]["best"]["overall"] == "PASS"
+
+
+def test_what_misses_the_bar_is_not_recommended_however_fast():
+    rows = [("slow", "PASS", 1.0), ("fast", "PASS", 2.0), ("wrong", "FAIL", 9.0)]
+    keys = ("arithmetic", "overall", "throughput_img_s")
+    assert eval_accuracy.recommend([dict(zip(keys, row)) for row in rows]) == "fast"
+    assert eval_accuracy.recommend([dict(zip(keys, rows[2])), {"arithmetic": "none", "overall": "not available"}]) is None
 
 
 # --- what is kept, said and refused ---
@@ -760,6 +794,16 @@ def test_long_steps_say_how_far_they_are(npu, evaluate, monkeypatch):
     done = evaluate("--batch_size", 3)
     assert "NPU: batch 2 of 2" in done.log
     assert "float64: batch 3 of 3" in done.log
+
+
+def test_a_line_comes_each_time_ten_seconds_have_passed(monkeypatch, caplog):
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(inference.log, "propagate", True)
+    with caplog.at_level("INFO", logger="webssl"):
+        assert list(stages.with_progress("CPU", "abcdefg")) == list("abcdefg")
+    # The clock moves on 6 s each time it is read: at each batch, and once more after a line.
+    assert [record.message for record in caplog.records] == [f"CPU: batch {number} of 7" for number in (2, 4, 6)]
 
 
 def test_short_steps_say_nothing_of_batches(npu, evaluate):
