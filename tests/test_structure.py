@@ -191,7 +191,9 @@ def test_the_bundle_stays_small():
 
 def test_no_file_shows_a_path_of_somebodys_machine():
     """Placeholders of the tests (home of alice) apart: where a home directory, a checkout or a temporary folder is named."""
-    places = re.compile(r"(?<![\w.~])(?:/home/(?!alice)\w+|/Users/(?!alice)\w+|/root/|/workspace/|/work/|[A-Z]:\\Users\\)")
+    places = re.compile(
+        r"(?<![\w.~])(?:/home/(?!alice|me\b)\w+|/Users/(?!alice|me\b)\w+|/root/|/workspace/|/work/|[A-Z]:\\Users\\)"
+    )
     if str(ROOT) not in ("/", "/app"):
         places = re.compile(f"{places.pattern}|{re.escape(str(ROOT))}/")
     found = []
