@@ -1,74 +1,164 @@
 """How fast, how close to the hardware's limit, and against whom.
 
-    python eval/eval_performance.py --device npu
-    python eval/eval_performance.py --device cuda --dtype float16 --batch_sizes 1 8 64 256 --execution graph
     python eval/eval_performance.py --device npu --end_to_end 500
+    python eval/eval_performance.py --device cuda --dtype float16 --batch_sizes 1 8 64 256 --execution graph
 
 What is timed is the bundle's forward pass: uint8 crops on the device to class token and mean patch token, the device
-synchronised around each run, another input each time. Beside it stand the rate of matrix products at the model's own
-shapes, measured in the same process, and the same forward pass by a plain transformers loop (on the CPU also ONNX Runtime
-and OpenVINO where they are installed), taking turns. --end_to_end adds what a user waits for: a cold start, and a folder of
-photos made from the samples. Writes results/performance_eval.json and logs/performance_eval.log (performance_eval_cuda.*
-and so on for devices other than an NPU).
+synchronised around each run, another input each time. Beside it stand the host's part of that time, the rate of matrix
+products at the model's own shapes, and what one would use instead (plain transformers, on an NPU also with torch_npu's own
+defaults, on the CPU ONNX Runtime and OpenVINO where installed), taking turns; on an NPU also its power and the cost of
+--deterministic. --end_to_end adds what a user waits for: a cold start, and a folder of N photos made from the samples. Writes
+results/performance_eval.json and logs/performance_eval.log (performance_eval_cuda.* and so on for devices other than an NPU).
 
-Exit codes: 0 done; 2 wrong usage or unusable input; 3 BLOCKED: the device cannot be used; 130 stopped by Ctrl-C (what was
-measured until then is kept in performance_eval_partial*.json).
+Exit codes: 0 done; 2 wrong usage or unusable input; 3 BLOCKED: the device cannot be used; 70 an unforeseen error; 130 stopped.
+Whatever ends it early, the rows measured until then are kept in performance_eval_partial*.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import copy
 import json
 import logging
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import inference  # first of all: it sets what must precede torch
 import numpy as np
-import torch
-from inference import Encoder, LoadedModel, UsageError, log
-from PIL import Image, ImageOps
 
-FEATURES = ("class_token", "mean_patch_token")
+import inference
+import npu_watch
+from end_to_end import FEATURES, FIXED_SHARE, SAMPLES, log_end_to_end, measure_end_to_end, run_child
+from inference import Column, Encoder, LoadedModel, UsageError, log, time_once, torch
+
 UNSTEADY = 0.10  # a spread of times, (max - min) / median, beyond which something else was at work on the machine
 SETTLED = 0.05  # warm-up ends when two runs in a row differ by less
 MAX_WARMUP_S = 10.0
+LAUNCH_BOUND = 0.8  # the host's share of a run from which the device waits for launches
 COPIED_BYTES = 256 * 2**20
 PUBLISHED = inference.ROOT / "results" / "published" / "performance_eval.json"
 MEMORY_KEYS = {"npu": "npu_memory_mb", "cuda": "gpu_memory_mb", "cpu": "peak_resident_memory_mb"}
 MEMORY_LABELS = {"npu": "NPU Memory", "cuda": "GPU Memory", "cpu": "Peak resident memory"}
 
+ROW_COLUMNS = (
+    Column("Batch", "批大小", "batch_size"),
+    Column("Mean (ms)", "平均（ms）", "mean_time_s", ".2f", 1e3),
+    Column("P50 (ms)", "P50（ms）", "p50_s", ".2f", 1e3),
+    Column("P50, 95% interval (ms)", "P50 的 95% 区间（ms）", "interval_ms"),
+    Column("P95 (ms), if earned", "P95（ms），次数足够时", "earned_p95_s", ".2f", 1e3),
+    Column("P99 (ms), if earned", "P99（ms），次数足够时", "earned_p99_s", ".2f", 1e3),
+    Column("Enqueue (ms)", "下发（ms）", "enqueue_s", ".2f", 1e3),
+    Column("Images/s", "图片/秒", "throughput_img_s", ".2f"),
+    Column("Pipelined images/s", "流水图片/秒", "pipelined_throughput_img_s", ".2f"),
+    Column("Memory (MiB)", "内存（MiB）", "memory_mb", ".0f"),
+    Column("TFLOP/s", "TFLOP/s", "tflops", ".2f"),
+    Column("Of limit (%), median of paired turns", "占上限（%），成对轮次的中位数", "share_of_limit_percent", ".1f"),
+    Column("Remarks", "说明", "remarks"),
+)
+LIMIT_COLUMNS = (
+    Column("Limit (images/s)", "上限（图片/秒）", "limit_img_s", ".2f"),
+    Column("Matrix products (TFLOP/s)", "矩阵乘（TFLOP/s）", "matmul_tflops", ".2f"),
+    Column("Copy (GB/s)", "拷贝（GB/s）", "copy_gb_s", ".1f"),
+    Column("GFLOP an image", "每图 GFLOP", "gflop_per_image", ".2f"),
+    Column("Execution", "执行方式", "execution"),
+    Column("Joules an image", "每图焦耳", "power.joules_per_image", ".3f"),
+    Column("Power of the card (W)", "整卡功耗（W）", "power.watts", ".1f"),
+    Column("--deterministic takes (times)", "--deterministic 耗时（倍）", "deterministic_cost.ratio", ".3f"),
+)
+PEER_COLUMNS = (
+    Column("Instead", "替代方案", "peer"),
+    Column("Batch", "批大小", "batch_size"),
+    Column("Its images/s", "其图片/秒", "throughput_img_s", ".2f"),
+    Column("This bundle's", "本项目图片/秒", "bundle_throughput_img_s", ".2f"),
+    Column("Times as fast (median of paired turns)", "本项目快几倍（成对轮次的中位数）", "speed_ratio", ".3f"),
+    Column("Turns", "轮次", "rounds"),
+    Column("Remarks", "说明", "remarks"),
+)
+
+# --- rows of the tables ---
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows for ROW_COLUMNS, of the published run's result too."""
+    table = []
+    for row in result["results"]:
+        runs = len(row.get("raw_times_s", ())) or result.get("num_runs", 0)
+        interval = [f"{1e3 * value:.2f}" for value in row.get("p50_interval_s") or ()]
+        remarks = {"out_of_memory": "out of memory", "launch_bound": "launch-bound", "unsteady": "unsteady"}
+        said = {
+            "interval_ms": " to ".join(interval) or None,
+            "memory_mb": next((row[key] for key in MEMORY_KEYS.values() if key in row), None),
+            "remarks": ", ".join(words for key, words in remarks.items() if row.get(key)) or None,
+        }
+        said |= {f"earned_p{percent}_s": row.get(f"p{percent}_s") for percent in (95, 99) if runs >= runs_for(percent)}
+        table.append(row | said)
+    return table
+
+
+def limit_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The row for LIMIT_COLUMNS."""
+    return [result | result["limit"]] if result.get("limit") else []
+
+
+def peer_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows for PEER_COLUMNS."""
+    return [row | {"remarks": row.get("unavailable") or row.get("reason")} for row in result.get("peers") or []]
+
 
 # --- arithmetic: pure functions ---
 
 
-def flop_per_image(config: Any, image_size: int) -> int:
-    """Floating-point operations of a forward pass over one image, 2 for a multiply-add, in matrix products alone.
+def flop_per_image(model: LoadedModel) -> int:
+    """Floating-point operations of a plain forward pass over one image, as torch counts them: 2 for a multiply-add."""
+    from torch.utils.flop_counter import FlopCounterMode
 
-    Of a ViT with T tokens, width D and MLP width M, a layer has four D x D projections, an MLP and two products of
-    attention; patch embedding and pooler come on top.
+    config = copy.deepcopy(model.module.config)
+    config._attn_implementation = "eager"
+    size = model.preprocess.image_size
+    with torch.device("meta"):
+        plain = type(model.module)(config).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        plain(pixel_values=torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops()
+
+
+def runs_for(percent: int, confidence: float = 0.99) -> int:
+    """Runs from which a percentile may be quoted: the least n with P(Binomial(n, 1 - p) <= 1) <= 1 - confidence.
+
+    That is MLPerf's early-stopping rule for its single-stream scenario with one run allowed above the estimate (LoadGen,
+    early_stopping.cc, and the appendix "Early Stopping" of the inference rules): 64 for P90, 130 for P95, 662 for P99.
     """
-    patches = (image_size // config.patch_size) ** 2
-    tokens, width, mlp = patches + 1, config.hidden_size, config.intermediate_size
-    layer = 4 * 2 * tokens * width**2 + 2 * 2 * tokens * width * mlp + 2 * 2 * tokens**2 * width
-    return 2 * patches * 3 * config.patch_size**2 * width + config.num_hidden_layers * layer + 2 * width**2
+    below, runs = percent / 100, 1
+    while below**runs + runs * (1 - below) * below ** (runs - 1) > 1 - confidence:
+        runs += 1
+    return runs
 
 
-def summarize(times: Sequence[float], batch_size: int) -> dict[str, Any]:
-    """The published statistics of seconds per run (population standard deviation, linear percentiles), and whether they spread."""
+def median_interval(times: Sequence[float], confidence: float = 0.95) -> list[float] | None:
+    """The narrowest two order statistics, as far from either end, with the median between them; None for fewer than 6 times."""
+    ordered, count, outside, place = sorted(times), len(times), 0.0, 0
+    while (outside := outside + 2 * math.comb(count, place) / 2**count) <= 1 - confidence:
+        place += 1
+    return [ordered[place - 1], ordered[-place]] if place else None
+
+
+def summarize(times: Sequence[float], enqueue: Sequence[float], batch_size: int) -> dict[str, Any]:
+    """The published statistics of seconds per run (population standard deviation, linear percentiles), and what qualifies them.
+
+    enqueue: the host's seconds until each call returned; none where the host itself computes.
+    """
     mean, median = float(np.mean(times)), float(np.median(times))
+    queued = float(np.median(enqueue)) if enqueue else None
     return {
         "mean_time_s": mean,
         "std_time_s": float(np.std(times)),
@@ -77,36 +167,31 @@ def summarize(times: Sequence[float], batch_size: int) -> dict[str, Any]:
         "p99_s": float(np.percentile(times, 99)),
         "min_time_s": float(np.min(times)),
         "throughput_img_s": batch_size / mean,
+        "p50_interval_s": median_interval(times),
+        "enqueue_s": queued,
+        "launch_bound": queued is not None and queued > LAUNCH_BOUND * median,
         "unsteady": bool((max(times) - min(times)) / median > UNSTEADY),
         "raw_times_s": list(times),
     }
 
 
-def compare_rows(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def compare_rows(ours: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Throughput of each batch size that both measured, and this run's as a multiple of the other's."""
-    theirs = {row["batch_size"]: row["throughput_img_s"] for row in others if "throughput_img_s" in row}
+    key = "throughput_img_s"
+    theirs = {row["batch_size"]: row[key] for row in others if key in row}
     return [
-        {
-            "batch_size": row["batch_size"],
-            "throughput_img_s": row["throughput_img_s"],
-            "other_throughput_img_s": theirs[row["batch_size"]],
-            "ratio": row["throughput_img_s"] / theirs[row["batch_size"]],
-        }
-        for row in rows
-        if "throughput_img_s" in row and row["batch_size"] in theirs
+        {"batch_size": size, key: row[key], f"other_{key}": theirs[size], "ratio": row[key] / theirs[size]}
+        for row in ours
+        if key in row and (size := row["batch_size"]) in theirs
     ]
 
 
 # --- timing ---
 
 
-def time_once(device: inference.Device, run: Callable[[], Any]) -> float:
-    """Seconds from a synchronised device until all that `run` queues on it is done."""
-    inference.synchronize(device)
-    started = time.perf_counter()
-    run()
-    inference.synchronize(device)
-    return time.perf_counter() - started
+def sample_crops(preprocess: inference.Preprocess) -> torch.Tensor:
+    """The sample photos as uint8 crops [N, H, W, 3]."""
+    return inference.crops_of(inference.find_images([str(SAMPLES)]), preprocess)
 
 
 def warm_up(device: inference.Device, run: Callable[[], Any], at_least: int) -> int:
@@ -125,42 +210,95 @@ def inputs(crops: torch.Tensor, batch_size: int, device: inference.Device) -> It
         yield from batches
 
 
+def or_out_of_memory(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """measure(), or what a row says of memory that ran out."""
+    try:
+        return measure()
+    except Exception as error:
+        if not inference.is_out_of_memory(error):
+            raise
+        return {"out_of_memory": True, "reason": inference.first_line(error)}
+
+
+def halving(measure: Callable[[int], Any], size: int) -> Any:
+    """measure(size), or of the half, the quarter and so on where that is out of memory, down to 1."""
+    while True:
+        try:
+            return measure(size)
+        except Exception as error:
+            if size == 1 or not inference.is_out_of_memory(error):
+                raise
+        size //= 2  # only here has the error let go of what the attempt allocated
+
+
 def measure_row(encoder: Encoder, crops: torch.Tensor, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
     """Times of one batch size, or a row that says that it does not fit."""
     device = encoder.model.device
-    row: dict[str, Any] = {"batch_size": batch_size, "image_size": encoder.model.preprocess.image_size}
     encoder.batch_size = batch_size
-    try:
+
+    def measure() -> dict[str, Any]:
         if device.kind != "cpu":
             torch.get_device_module(device.torch_device).reset_peak_memory_stats()
-        batches = inputs(crops, batch_size, device)
-        row["warmup_runs"] = warm_up(device, lambda: encoder.run(next(batches)), args.warmup)
-        times = [time_once(device, lambda: encoder.run(next(batches))) for _ in range(args.num_runs)]
-        row |= summarize(times, batch_size)
-        row["pipelined_throughput_img_s"] = None
+        batches, enqueue = inputs(crops, batch_size, device), []
+
+        def run() -> None:
+            started = time.perf_counter()
+            encoder.run(next(batches))
+            enqueue.append(time.perf_counter() - started)
+
+        warmup_runs = warm_up(device, run, args.warmup)
+        enqueue.clear()
+        times = [time_once(device, run) for _ in range(args.num_runs)]
+        row = {"warmup_runs": warmup_runs} | summarize(times, enqueue if device.kind != "cpu" else [], batch_size)
+        pipelined = None
         if device.kind != "cpu":  # which queues nothing
             seconds = time_once(device, lambda: [encoder.run(next(batches)) for _ in range(args.num_runs)])
-            row["pipelined_throughput_img_s"] = args.num_runs * batch_size / seconds
-        row[MEMORY_KEYS[device.kind]] = inference.peak_memory_mb(device)
-    except torch.OutOfMemoryError as error:
+            pipelined = args.num_runs * batch_size / seconds
+        return row | {"pipelined_throughput_img_s": pipelined, MEMORY_KEYS[device.kind]: inference.peak_memory_mb(device)}
+
+    row = {"batch_size": batch_size, "image_size": encoder.model.preprocess.image_size} | or_out_of_memory(measure)
+    if "out_of_memory" in row:
         encoder.release()
-        row |= {"out_of_memory": True, "reason": inference.first_line(error)}
     return row
+
+
+def take_turns(
+    encoder: Encoder, crops: torch.Tensor, peer: Callable, pixels: torch.Tensor, batch_size: int, rounds: int
+) -> dict[str, Any]:
+    """Time peer and bundle on the same images in turns, the first of a turn alternating."""
+    encoder.batch_size, device = batch_size, encoder.model.device
+    ours, theirs = inputs(crops, batch_size, device), inputs(pixels, batch_size, device)
+    runners: list[Callable[[], Any]] = [lambda: encoder.run(next(ours)), lambda: peer(next(theirs))]
+    times: list[list[float]] = [[], []]
+    for runner in runners:
+        warm_up(device, runner, 1)
+    for turn in range(rounds):
+        for who in (0, 1) if turn % 2 == 0 else (1, 0):
+            times[who].append(time_once(device, runners[who]))
+    median = statistics.median(times[1])
+    return {
+        "median_time_s": median,
+        "throughput_img_s": batch_size / median,
+        "bundle_throughput_img_s": batch_size / statistics.median(times[0]),
+        "speed_ratio": statistics.median(theirs / ours for ours, theirs in zip(*times, strict=True)),
+        "rounds": rounds,
+        "bundle_times_s": times[0],
+        "peer_times_s": times[1],
+    }
 
 
 # --- the limit ---
 
 
 def measure_limit(
-    encoder: Encoder, crops: torch.Tensor, batch_sizes: Sequence[int], rounds: int, largest: int
+    encoder: Encoder, crops: torch.Tensor, batch_sizes: Sequence[int], rounds: int, gflop: float, largest: int
 ) -> dict[str, Any]:
     """Rate of the model's own matrix products alone, at batch size `largest`, and each batch size's share of it; and of a copy.
 
     limit_img_s is what a forward pass would reach if it consisted of these products alone. Products and forward pass take
     turns, so that a share stays right where the machine's speed drifts.
     """
-    model = encoder.model
-    products = list(matrix_products(model, largest))
+    products = list(matrix_products(encoder.model, largest))
 
     def run_products(_crops: torch.Tensor) -> None:
         for count, product in products:
@@ -171,9 +309,9 @@ def measure_limit(
     rate = largest / statistics.median(seconds for row in turns for seconds in row["peer_times_s"])
     return {
         "batch_size": largest,
-        "matmul_tflops": rate * flop_per_image(model.module.config, model.preprocess.image_size) / 1e12,
+        "matmul_tflops": rate * gflop / 1e3,
         "limit_img_s": rate,
-        "copy_gb_s": halving(partial(copy_bandwidth, model.device, rounds), COPIED_BYTES),
+        "copy_gb_s": halving(partial(copy_bandwidth, encoder.model.device, rounds), COPIED_BYTES),
         "turns": [
             {
                 "batch_size": row["batch_size"],
@@ -186,19 +324,8 @@ def measure_limit(
     }
 
 
-def halving(measure: Callable[[int], Any], size: int) -> Any:
-    """measure(size), or of the half, the quarter and so on where that is out of memory, down to 1."""
-    while True:
-        try:
-            return measure(size)
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-        size //= 2  # only here has the error let go of what the attempt allocated
-
-
 def copy_bandwidth(device: inference.Device, runs: int, size: int) -> float:
-    """Gigabytes a second, read and written, of a copy of `size` bytes within the device."""
+    """Gigabytes (1e9) a second, read and written, of a copy of `size` bytes within the device."""
     source = torch.ones(size // 4, device=device.torch_device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -238,376 +365,115 @@ def matrix_products(model: LoadedModel, batch_size: int) -> Iterator[tuple[int, 
 # --- the peers ---
 
 
-class _LastHiddenState(torch.nn.Module):
+def last_hidden_state_only(module: torch.nn.Module) -> torch.nn.Module:
     """The model as exporters want it: one tensor in, one out."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.module = module
+    class LastHiddenState(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.module(pixel_values=pixel_values).last_hidden_state
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return self.module(pixel_values=pixel_values).last_hidden_state
+
+    return LastHiddenState().eval()
 
 
-def transformers_peer(model: LoadedModel, _pixels: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+def transformers_peer(
+    plain: LoadedModel, _pixels: torch.Tensor, hf32_convolutions: bool = False
+) -> Callable[[torch.Tensor], Any]:
     """A plain transformers forward pass over pixel values that were normalised beforehand."""
+    kind, usual = plain.device.kind, plain.device.allow_hf32
 
     def run(pixels: torch.Tensor) -> Any:
-        with torch.inference_mode():
-            return model.module(pixel_values=pixels)
+        inference.set_float32_precision(kind, usual or hf32_convolutions, usual)  # read at each call
+        try:
+            with torch.inference_mode():
+                return plain.module(pixel_values=pixels)
+        finally:
+            inference.set_float32_precision(kind, usual, usual)
 
     return run
 
 
-def onnxruntime_peer(model: LoadedModel, pixels: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+def onnxruntime_peer(plain: LoadedModel, pixels: torch.Tensor) -> Callable[[torch.Tensor], Any]:
     """ONNX Runtime with as many threads as torch, on the model exported by torch.onnx."""
     import onnxruntime
 
+    two = pixels[:1].repeat(2, 1, 1, 1)  # of one, the exporter would make a constant
+    dynamic = {"pixel_values": {0: torch.export.Dim("batch")}}
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
-        dynamic = {"pixel_values": {0: torch.export.Dim("batch")}}
-        # Two images: of one, the exporter would make a constant.
-        torch.onnx.export(
-            _LastHiddenState(model.module).eval(),
-            (pixels[:1].repeat(2, 1, 1, 1),),
-            path,
-            dynamo=True,
-            dynamic_shapes=dynamic,
-            verbose=False,
-        )
+        module = last_hidden_state_only(plain.module)
+        torch.onnx.export(module, (two,), path, dynamo=True, dynamic_shapes=dynamic, verbose=False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda pixels: session.run(None, {"pixel_values": pixels.numpy()})[0]
 
 
-def openvino_peer(model: LoadedModel, pixels: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+def openvino_peer(plain: LoadedModel, pixels: torch.Tensor) -> Callable[[torch.Tensor], Any]:
     """OpenVINO in float32 with as many threads as torch."""
     import openvino
 
-    converted = openvino.convert_model(_LastHiddenState(model.module).eval(), example_input=pixels[:1])
+    converted = openvino.convert_model(last_hidden_state_only(plain.module), example_input=pixels[:1])
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.compile_model(converted, "CPU", settings)
     return lambda pixels: compiled(pixels.numpy())[0]
-
-
-PEERS = {"transformers": transformers_peer, "onnxruntime": onnxruntime_peer, "openvino": openvino_peer}
-
-
-@contextlib.contextmanager
-def _quiet_exporters() -> Iterator[None]:
-    """Exporters warn a dozen times about what they do not need."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def measure_peers(
     encoder: Encoder, crops: torch.Tensor, args: argparse.Namespace, batch_sizes: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """A row for each peer and batch size: the peer and this bundle take turns, and the median ratio counts."""
-    model = encoder.model
+    model, warnings_of = encoder.model, logging.getLogger("torch.onnx")
     wide = torch.promote_types(model.dtype, torch.float32)
     pixels = inference.normalize(crops, model.preprocess, wide).to(model.dtype)
-    names = list(PEERS) if (model.device.kind, model.dtype) == ("cpu", torch.float32) else ["transformers"]
-    for name in names:
+    peers = {"transformers": (transformers_peer, {})}
+    if model.device.kind == "npu":  # its defaults: tanh GELU, and float32 convolutions rounded to HF32
+        peers["as torch_npu leaves it"] = partial(transformers_peer, hf32_convolutions=True), {"exact_gelu": False}
+    elif (model.device.kind, model.dtype) == ("cpu", torch.float32):
+        peers |= {"onnxruntime": (onnxruntime_peer, {}), "openvino": (openvino_peer, {})}
+    for name, (make, changes) in peers.items():
+        peer = None  # the one before must not stand in memory beside it
         try:
-            with _quiet_exporters():
-                peer = PEERS[name](model, pixels)
+            with warnings.catch_warnings():  # exporters warn a dozen times about what they do not need
+                warnings.simplefilter("ignore")
+                warnings_of.setLevel(logging.ERROR)
+                peer = make(inference.load_as_asked(args, model.device, levers=(), **changes), pixels)
                 peer(pixels[:1].to(model.device.torch_device))
-        except Exception as error:  # an exporter that is not installed, or that fails on this model or version
+        except Exception as error:  # noqa: BLE001 (an exporter that is not installed, or fails on this model or version)
             yield {"peer": name, "unavailable": f"{type(error).__name__}: {inference.first_line(error)}"}
             continue
-        for batch_size in batch_sizes:
-            yield {"peer": name, "batch_size": batch_size} | take_turns(encoder, crops, peer, pixels, batch_size, args.rounds)
+        for size in batch_sizes:
+            turns = partial(take_turns, encoder, crops, peer, pixels, size, args.rounds)
+            yield {"peer": name, "batch_size": size} | or_out_of_memory(turns)
 
 
-def take_turns(
-    encoder: Encoder,
-    crops: torch.Tensor,
-    peer: Callable[[torch.Tensor], Any],
-    pixels: torch.Tensor,
-    batch_size: int,
-    rounds: int,
-) -> dict[str, Any]:
-    """Time peer and bundle on the same images in turns, the first of a turn alternating."""
-    device = encoder.model.device
+# --- on an NPU ---
+
+
+def measure_power(encoder: Encoder, crops: torch.Tensor, batch_size: int, seconds: float = 10.0) -> dict[str, Any] | None:
+    """Keep the device busy for `seconds` while npu-smi watches it from a process of its own."""
+    device, chip = encoder.model.device, npu_watch.chip_of(encoder.model.device)
     encoder.batch_size = batch_size
-    ours, theirs = inputs(crops, batch_size, device), inputs(pixels, batch_size, device)
-    runners: list[Callable[[], Any]] = [lambda: encoder.run(next(ours)), lambda: peer(next(theirs))]
-    times: list[list[float]] = [[], []]
-    for runner in runners:
-        warm_up(device, runner, 1)
-    for turn in range(rounds):
-        for who in (0, 1) if turn % 2 == 0 else (1, 0):
-            times[who].append(time_once(device, runners[who]))
-    median = statistics.median(times[1])
-    return {
-        "median_time_s": median,
-        "throughput_img_s": batch_size / median,
-        "bundle_throughput_img_s": batch_size / statistics.median(times[0]),
-        "speed_ratio": statistics.median(theirs / ours for ours, theirs in zip(*times, strict=True)),
-        "rounds": rounds,
-        "bundle_times_s": times[0],
-        "peer_times_s": times[1],
-    }
+    batches, images, spent = inputs(crops, batch_size, device), 0, 0.0
+    with npu_watch.watching(chip) as lines:
+        while spent < seconds:
+            spent += time_once(device, lambda: [encoder.run(next(batches)) for _ in range(10)])
+            images += 10 * batch_size
+    return npu_watch.summarize_watch(lines, chip, images / spent)
 
 
-# --- what a user waits for ---
-
-# A cold start in a process of its own, through the bundle and with the bare minimum: import, read the file, one forward pass.
-COLD_START = {
-    "bundle": """
-import sys, time
-import inference, transformers
-from transformers import ViTModel
-imported = time.time()
-device = inference.open_device(sys.argv[2])
-model = inference.load_model(device, sys.argv[1], sys.argv[4])
-loaded = time.time()
-crop = inference.read_crop(inference.list_images([sys.argv[3]])[0], model.preprocess)
-inference.Encoder(model, ["class_token"], 1).submit(inference.torch.from_numpy(crop)[None])()
-done = time.time()
-print(imported, loaded, done, inference.peak_memory_mb(inference.open_device("cpu")), flush=True)
-inference.os._exit(0)  # nobody who has the features waits for the hash of the weights
-""",
-    "bare": """
-import os, sys, time
-os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-import torch
-if sys.argv[2].startswith("npu"):
-    import torch_npu
-from transformers import ViTConfig, ViTModel
-imported = time.time()
-data = open(sys.argv[1] + "/model.safetensors", "rb").read()
-with torch.device("meta"):
-    model = ViTModel(ViTConfig.from_pretrained(sys.argv[1])).eval()
-dtype = getattr(torch, sys.argv[4])
-model = model.to(dtype).to_empty(device=sys.argv[2])
-loaded = time.time()
-with torch.inference_mode():
-    size = model.config.image_size
-    model(torch.zeros(1, 3, size, size, dtype=dtype, device=sys.argv[2])).last_hidden_state.cpu()
-done = time.time()
-import inference
-print(imported, loaded, done, inference.peak_memory_mb(inference.open_device("cpu")))
-""",
-}
-
-
-def measure_cold_start(model: LoadedModel, folder: Path, rounds: int) -> dict[str, Any]:
-    """Seconds from the start of a process to the first feature of one photo from a checkpoint in `folder`; medians over rounds."""
-    photo = inference.ROOT / "assets" / "samples" / "chelsea.jpg"
-    arguments = [str(folder), str(model.device.torch_device), str(photo), model.dtype_name]
-    found: dict[str, list[list[float]]] = {"bundle": [], "bare": []}
-    for _ in range(rounds):
-        for who, script in COLD_START.items():
-            found[who].append(_run_cold(script, arguments))
-    imported, loaded, total, memory = (statistics.median(column) for column in zip(*found["bundle"], strict=True))
-    bare_total, bare_memory = (statistics.median(row[column] for row in found["bare"]) for column in (2, 3))
-    return {
-        "import_s": imported,
-        "load_s": loaded - imported,
-        "first_image_s": total - loaded,
-        "total_s": total,
-        "peak_memory_mb": memory,
-        "bare_minimum_s": bare_total,
-        "bare_peak_memory_mb": bare_memory,
-        "ratio_to_bare": statistics.median(a[2] / b[2] for a, b in zip(found["bundle"], found["bare"], strict=True)),
-        "rounds": rounds,
-    }
-
-
-def _run_cold(script: str, arguments: Sequence[str]) -> list[float]:
-    """Seconds until imported, until loaded, until done, and peak resident memory in MiB."""
-    started = time.time()
-    command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, cwd=inference.ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise UsageError(f"--end_to_end: the cold start failed ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
-    *moments, memory = map(float, done.stdout.split())
-    return [moment - started for moment in moments] + [memory]
-
-
-def make_photos(folder: Path, count: int, megapixels: tuple[float, float]) -> float:
-    """Write `count` JPEG photos, made from the samples, of sizes spread evenly on a log scale; returns their mean megapixels."""
-    sources = [Image.open(path).convert("RGB") for path in sorted((inference.ROOT / "assets" / "samples").glob("*.jpg"))]
-    numbers = np.random.default_rng(inference.SEED)
-    sizes = np.exp(numbers.uniform(*np.log(megapixels), count))
-    for place, (size, aspect) in enumerate(zip(sizes, numbers.choice([2 / 3, 3 / 4, 1, 4 / 3, 3 / 2], count), strict=True)):
-        height = math.sqrt(size * 1e6 / aspect)
-        photo = ImageOps.fit(sources[place % len(sources)], (round(height * aspect), round(height)))
-        photo.save(folder / f"{place:06d}.jpg", quality=90)
-    return float(sizes.mean())
-
-
-def plain_loop(model: LoadedModel, processor: Any, batch_size: int) -> Callable[[list[str]], Any]:
-    """What one writes without this bundle: decode, image processor, model, one batch after another."""
-    from transformers.image_utils import load_image
-
-    def run(paths: list[str]) -> np.ndarray:
-        features = []
-        for first in range(0, len(paths), batch_size):
-            images = [load_image(path) for path in paths[first : first + batch_size]]
-            pixels = processor(images, return_tensors="pt").pixel_values.to(model.device.torch_device, model.dtype)
-            with torch.inference_mode():
-                hidden = model.module(pixel_values=pixels).last_hidden_state
-            features.append(torch.cat([hidden[:, 0], hidden[:, 1:].mean(1)], 1).float().cpu().numpy())
-        return np.concatenate(features)
-
-    return run
-
-
-def library_pipeline(model: LoadedModel, processor: Any, batch_size: int) -> Callable[[list[str]], Any]:
-    """transformers' image-feature-extraction pipeline on the same weights."""
-    import transformers
-
-    pipeline = transformers.pipeline(
-        "image-feature-extraction", model=model.module, image_processor=processor, device=model.device.torch_device
-    )
-    return lambda paths: pipeline(paths, batch_size=batch_size)
-
-
-def bulk_run(model: LoadedModel, args: argparse.Namespace, folder: Path) -> Callable[[list[str]], Any]:
-    """This bundle: photos to saved features."""
-
-    def run(paths: list[str]) -> int:
-        with tempfile.TemporaryDirectory(dir=folder) as output:
-            flags = ["--image_path", *paths, "--output", output, "--batch_size", str(args.batch), "--execution", args.execution]
-            bulk_args = inference.make_parser().parse_args([*flags, "--allow_unlocked"])
-            return inference.embed(bulk_args, inference.list_images(paths), model)
-
-    return run
-
-
-def decoding_alone(model: LoadedModel, batch_size: int) -> Callable[[list[str]], int]:
-    """The bulk run's loader, with nothing done to what it gives."""
-
-    def run(paths: list[str]) -> int:
-        images = inference.list_images(paths)
-        bulk = inference.Bulk(images, Path(), len(images), {}, "float32")
-        loader = inference.decoding_loader(model, inference.KeyBatches(bulk, [0], batch_size), None)
-        return sum(len(batch.crops) for batch in loader)
-
-    return run
-
-
-def computing_alone(model: LoadedModel, args: argparse.Namespace, crops: torch.Tensor) -> Callable[[list[str]], None]:
-    """The bulk run's encoder, on crops that are in memory already."""
-    encoder = Encoder(model, FEATURES, args.batch, args.execution)
-
-    def run(paths: list[str]) -> None:
-        for first in range(0, len(paths), args.batch):
-            count = min(args.batch, len(paths) - first)
-            encoder.submit(crops[torch.arange(count) % len(crops)])()
-
-    return run
-
-
-def measure_folder(model: LoadedModel, args: argparse.Namespace, crops: torch.Tensor, folder: Path) -> dict[str, Any]:
-    """Images a second of five ways through the same photos, each on one share of them after another, in turns."""
-    photos = folder / "photos"
-    photos.mkdir()
-    log.info("Making %d photos of %g to %g megapixels ...", args.end_to_end, *args.megapixels)
-    mean_size = make_photos(photos, args.end_to_end, args.megapixels)
-    args = argparse.Namespace(**vars(args), batch=inference.default_batch_size(model.device))
-    processor = library_processor(model.preprocess)
-    ways = {
-        "this bundle": bulk_run(model, args, folder),
-        "transformers loop": plain_loop(model, processor, args.batch),
-        "image-feature-extraction pipeline": library_pipeline(model, processor, args.batch),
-        "decoding alone": decoding_alone(model, args.batch),
-        "computing alone": computing_alone(model, args, crops),
-    }
-    paths = sorted(str(path) for path in photos.iterdir())
-    shares = [paths[turn :: args.rounds] for turn in range(args.rounds) if paths[turn :: args.rounds]]
-    rates: dict[str, list[float]] = {what: [] for what in ways}
-    for turn, share in enumerate(shares):
-        for what, way in ways.items():
-            rates[what].append(len(share) / time_once(model.device, partial(quietly, way, share)))
-            log.info("Turn %d of %d: %s, %.2f img/s", turn + 1, len(shares), what, rates[what][-1])
-    ours = rates["this bundle"]
-    rows = [
-        {
-            "what": what,
-            "images_per_s": statistics.median(values),
-            "ratio_to_this_bundle": statistics.median(value / own for value, own in zip(values, ours, strict=True)),
-            "images_per_s_by_turn": values,
-        }
-        for what, values in rates.items()
-    ]
-    workers = inference.default_num_workers(model.device, args.batch, model.preprocess.image_size)
-    return {"images": len(paths), "megapixels_mean": mean_size, "batch_size": args.batch, "num_workers": workers, "rows": rows}
-
-
-def quietly(way: Callable[[list[str]], Any], share: list[str]) -> None:
-    """Run without the log lines of a bulk run, which are not this script's."""
-    level = log.level
-    log.setLevel("WARNING")
+def measure_deterministic_cost(args: argparse.Namespace, device: inference.Device, batch_size: int) -> dict[str, Any]:
+    """Times of a run with --deterministic and without, each in a process of its own: it acts only before the first operator."""
+    given = {"args": json.loads(json.dumps(vars(args), default=str)), "batch_size": batch_size}
     try:
-        way(share)
-    finally:
-        log.setLevel(level)
-
-
-def library_processor(preprocess: inference.Preprocess) -> Any:
-    """transformers' PIL image processor for the same pre-processing."""
-    try:
-        from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil as Processor
-    except ImportError:  # transformers 4
-        from transformers import BitImageProcessor as Processor
-    edges = preprocess.resize
-    return Processor(
-        size={"shortest_edge": edges} if isinstance(edges, int) else {"height": edges[0], "width": edges[1]},
-        crop_size={"height": preprocess.image_size, "width": preprocess.image_size},
-        resample=preprocess.resample,
-        rescale_factor=preprocess.rescale_factor,
-        image_mean=list(preprocess.mean),
-        image_std=list(preprocess.std),
-    )
-
-
-def measure_preprocessing(preprocess: inference.Preprocess, rounds: int) -> dict[str, Any]:
-    """How many times as fast as the library's processor one core prepares the sample photos, decoding excluded."""
-    processor = library_processor(preprocess)
-    photos = [Image.open(path).convert("RGB") for path in sorted((inference.ROOT / "assets" / "samples").glob("*.jpg"))]
-
-    def ours() -> None:
-        for photo in photos:
-            inference.normalize(torch.from_numpy(inference.crop_uint8(photo, preprocess).copy())[None], preprocess)
-
-    def library() -> None:
-        for photo in photos:
-            processor(photo, return_tensors="pt")
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        cpu = inference.open_device("cpu")
-        ratios = [time_once(cpu, library) / time_once(cpu, ours) for _ in range(rounds + 1)][1:]
-    finally:
-        torch.set_num_threads(threads)
-    return {"ratio_to_library": statistics.median(ratios), "photos": len(photos), "rounds": rounds}
-
-
-def measure_end_to_end(model: LoadedModel, args: argparse.Namespace, crops: torch.Tensor) -> dict[str, Any]:
-    """Cold start, a folder of photos, and pre-processing. Random weights are saved first, so that there is a file to load."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model.module.save_pretrained(folder / "checkpoint")
-        log.info("Cold start ...")
-        cold_start = measure_cold_start(model, folder / "checkpoint", args.rounds)
-        return {
-            "cold_start": cold_start,
-            "folder": measure_folder(model, args, crops, folder),
-            "preprocessing": measure_preprocessing(model.preprocess, 5 * args.rounds),
-        }
+        with tempfile.TemporaryDirectory() as folder:
+            times = [run_child("timed", Path(folder), device, deterministic=how, **given)[0] for how in (False, True)]
+    except UsageError as error:
+        return {"batch_size": batch_size, "unavailable": str(error)}
+    return {"batch_size": batch_size, "p50_s": times[0], "deterministic_p50_s": times[1], "ratio": times[1] / times[0]}
 
 
 # --- against the past ---
@@ -625,11 +491,17 @@ def read_other(path: Path) -> dict[str, Any]:
 
 def compare_with(path: Path, other: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """Ratios per batch size, and what differs between the two runs' settings and environments."""
-    environment = path.with_name("env_info.json")
-    there = describe_environment(
-        other, json.loads(environment.read_text()) if "versions" not in other and environment.is_file() else {}
-    )
-    here = describe_environment(result, {})
+    info = inference.read_record(path.with_name("env_info.json")) if "versions" not in other else {}
+
+    def describe(run: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:  # the published run names versions beside it
+        names = ("device", "dtype", "image_size", "warmup", "num_runs", "execution", "allow_hf32")
+        found = {name: run.get(name) for name in names}
+        found["device_name"] = run.get("device_name", beside.get("npu_model"))
+        for name in inference.versions():
+            found[name] = run.get("versions", {}).get(name, beside.get(f"{name}_version"))
+        return found | {"weights": run.get("weights", {}).get("source")}
+
+    here, there = describe(result, {}), describe(other, info)
     return {
         "file": inference.relative_to_root(path),
         "rows": compare_rows(result["results"], other["results"]),
@@ -637,19 +509,34 @@ def compare_with(path: Path, other: dict[str, Any], result: dict[str, Any]) -> d
     }
 
 
-def describe_environment(result: dict[str, Any], env_info: dict[str, Any]) -> dict[str, Any]:
-    """What may explain a difference. The published run names versions and device in a file of its own, env_info.json."""
-    versions = result.get("versions", {})
-    described = {
-        key: result.get(key) for key in ("device", "dtype", "image_size", "warmup", "num_runs", "execution", "allow_hf32")
-    }
-    described["device_name"] = result.get("device_name", env_info.get("npu_model"))
-    for name in ("python", "torch", "torch_npu", "transformers", "numpy"):
-        described[name] = versions.get(name, env_info.get(f"{name}_version"))
-    return described | {"weights": result.get("weights", {}).get("source")}
-
-
 # --- the evaluation ---
+
+
+@contextmanager
+def keeping(args: argparse.Namespace, result: dict[str, Any], rows: Sequence[Any]) -> Iterator[Callable[[], None]]:
+    """Gives a function that saves `result` as it is; whatever ends the block, that stays, and the last line says where.
+
+    The file is NAME_partial.json beside the whole result, which it never replaces; it goes when all is done.
+    """
+    path = args.results / f"{inference.result_name(f'{args.script}_partial', result['device'])}.json"
+
+    def keep() -> str:
+        words = "nothing was measured yet"
+        if rows:
+            inference.write_json(path, result)
+            words = f"what was measured so far ({len(rows)} rows) is in {inference.relative_to_root(path)}"
+        inference.stopping.last_words = f"stopped; {words}"
+        return words
+
+    try:
+        yield keep
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {keep()}") from None
+    except UsageError as error:
+        raise UsageError(f"{error}; {keep()}") from error
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {inference.first_line(error)}; {keep()}") from error
+    path.unlink(missing_ok=True)
 
 
 def evaluate(args: argparse.Namespace, device: inference.Device) -> int:
@@ -657,10 +544,9 @@ def evaluate(args: argparse.Namespace, device: inference.Device) -> int:
     compare_path = Path(args.compare) if args.compare else PUBLISHED if device.kind == "npu" else None
     other = read_other(compare_path) if compare_path else None
     model = inference.load_from_args(args, device)
-    crops = sample_crops(model.preprocess)
     encoder = Encoder(model, FEATURES, 1, args.execution)
-    log.info("Image size: %d, Batch sizes: %s", model.preprocess.image_size, args.batch_sizes)
-    log.info("Warmup: %d, Num runs: %d", args.warmup, args.num_runs)
+    log.info(f"Image size: {model.preprocess.image_size}, Batch sizes: {args.batch_sizes}")
+    log.info(f"Warmup: {args.warmup}, Num runs: {args.num_runs}")
     result: dict[str, Any] = {
         "device": device.kind,
         "dtype": args.dtype,
@@ -669,53 +555,58 @@ def evaluate(args: argparse.Namespace, device: inference.Device) -> int:
         "num_runs": args.num_runs,
         "execution": args.execution,
         "partial": True,
-        "gflop_per_image": flop_per_image(model.module.config, model.preprocess.image_size) / 1e9,
+        "gflop_per_image": flop_per_image(model) / 1e9,
         "results": [],
-        **dict.fromkeys(("limit", "peers", "end_to_end", "comparison")),
+        **dict.fromkeys(("limit", "power", "deterministic_cost", "peers", "end_to_end", "comparison", "execution_fallback")),
         **inference.provenance(args, model),
     }
-    try:
-        measure(encoder, crops, args, result)
-    except KeyboardInterrupt:
-        path = inference.write_result("performance_eval_partial", args, result)
-        kept = f"what was measured so far ({len(result['results'])} batch sizes) is in {inference.relative_to_root(path)}"
-        raise KeyboardInterrupt(f"stopped; {kept}") from None
+    with keeping(args, result, result["results"]) as keep:
+        for _step in measure(encoder, args, result):
+            keep()
     if other is not None:
         result["comparison"] = compare_with(compare_path, other, result)
         log_comparison(result["comparison"])
-    inference.check_lock(model.weights, args.allow_unlocked)
-    inference.write_result("performance_eval", args, result | {"partial": False})
+    inference.write_result(args, result | {"partial": False})
     return 0
 
 
-def measure(encoder: Encoder, crops: torch.Tensor, args: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Fill `result` in place, so that an interruption finds what there is."""
+def measure(encoder: Encoder, args: argparse.Namespace, result: dict[str, Any]) -> Iterator[None]:
+    """Fill `result` in place, a step at a time, so that whatever ends it finds what there is."""
+    device, crops = encoder.model.device, sample_crops(encoder.model.preprocess)
+    others = npu_watch.others_on(npu_watch.chip_of(device)) if device.kind == "npu" else []
+    if others:
+        log.warning(f"Other processes are on this NPU, and its times may be too long: {', '.join(others)}")
+    result["other_processes"] = others
     for batch_size in args.batch_sizes:
-        log.info("--- Batch size: %d ---", batch_size)
+        log.info(f"--- Batch size: {batch_size} ---")
         result["results"].append(measure_row(encoder, crops, batch_size, args))
-        log_row(result["results"][-1], result["device"])
-    fitting = [row["batch_size"] for row in result["results"] if "throughput_img_s" in row]
+        log_row(result["results"][-1], device.kind)
+        result["execution"], result["execution_fallback"] = encoder.execution, encoder.fallback
+        yield
+    fitting = {row["batch_size"]: row["throughput_img_s"] for row in result["results"] if "throughput_img_s" in row}
     if not fitting:
         raise UsageError(f"out of memory at every batch size of {args.batch_sizes}; try a smaller one, or --dtype float16")
     log.info("Measuring the limit ...")
     # The products stand beside the forward pass in memory, and may need to be of a smaller batch.
-    result["limit"] = halving(partial(measure_limit, encoder, crops, fitting, args.rounds), max(fitting))
+    limit = partial(measure_limit, encoder, crops, list(fitting), args.rounds, result["gflop_per_image"])
+    result["limit"] = halving(limit, max(fitting))
     add_shares(result)
+    if device.kind == "npu":
+        best = max(fitting, key=fitting.get)
+        result["power"] = measure_power(encoder, crops, best)
+        result["deterministic_cost"] = measure_deterministic_cost(args, device, best)
     log_summary(result)
+    yield
     result["peers"] = []
-    for row in measure_peers(encoder, crops, args, fitting):
+    for row in measure_peers(encoder, crops, args, list(fitting)):
         result["peers"].append(row)
         log_peer(row)
+        yield
     if args.end_to_end:
         encoder.release()
-        result["end_to_end"] = measure_end_to_end(encoder.model, args, crops)
-        log_end_to_end(result["end_to_end"])
-
-
-def sample_crops(preprocess: inference.Preprocess) -> torch.Tensor:
-    """The sample photos as uint8 crops [N, H, W, 3]."""
-    images = inference.list_images([str(inference.ROOT / "assets" / "samples")])
-    return torch.from_numpy(np.stack([inference.read_crop(key, preprocess) for key in images]))
+        result["end_to_end"] = {}
+        yield from measure_end_to_end(encoder.model, args, crops, result["end_to_end"])
+        log_end_to_end(result)
 
 
 def add_shares(result: dict[str, Any]) -> None:
@@ -730,116 +621,73 @@ def add_shares(result: dict[str, Any]) -> None:
 def log_row(row: dict[str, Any], kind: str) -> None:
     """The published lines."""
     if row.get("out_of_memory"):
-        log.warning("Out of memory: %s", row["reason"])
+        log.warning(f"Out of memory: {row['reason']}")
         return
-    log.info("Mean: %.4fs, P50: %.4fs, P95: %.4fs", row["mean_time_s"], row["p50_s"], row["p95_s"])
-    log.info("Throughput: %.2f img/s, %s: %.1f MB", row["throughput_img_s"], MEMORY_LABELS[kind], row[MEMORY_KEYS[kind]])
+    runs = len(row["raw_times_s"])
+    few = f" ({runs} runs; a P95 needs {runs_for(95)})" if runs < runs_for(95) else ""
+    log.info(f"Mean: {row['mean_time_s']:.4f}s, P50: {row['p50_s']:.4f}s, P95: {row['p95_s']:.4f}s{few}")
+    log.info(f"Throughput: {row['throughput_img_s']:.2f} img/s, {MEMORY_LABELS[kind]}: {row[MEMORY_KEYS[kind]]:.1f} MiB")
+    if row["launch_bound"]:
+        log.info(f"Launch-bound: the host takes {1e3 * row['enqueue_s']:.2f} ms of it to queue the work, and the device waits")
     if row["unsteady"]:
-        log.warning("Unsteady: times spread by more than %d%%; something else was at work on this machine", 100 * UNSTEADY)
+        log.warning(f"Unsteady: times spread by more than {UNSTEADY:.0%}; something else was at work on this machine")
 
 
 def log_summary(result: dict[str, Any]) -> None:
     """The published table, with the limit beside it."""
-    random = " (random weights)" if result["weights"]["source"] == "random" else ""
-    log.info("=== Performance Summary ===%s", random)
-    log.info("%5s %9s %9s %9s %9s %9s %8s %6s", "Batch", "Mean(s)", "P50(s)", "P95(s)", "img/s", "Mem(MB)", "TFLOP/s", "limit")
-    for row in result["results"]:
-        if row.get("out_of_memory"):
-            log.info("%5d out of memory", row["batch_size"])
-            continue
-        figures = (
-            *(row[key] for key in ("mean_time_s", "p50_s", "p95_s", "throughput_img_s")),
-            row[MEMORY_KEYS[result["device"]]],
-        )
-        log.info(
-            "%5d %9.4f %9.4f %9.4f %9.2f %9.1f %8.2f %5.1f%%",
-            *(row["batch_size"], *figures, row["tflops"], row["share_of_limit_percent"]),
-        )
-    limit = result["limit"]
-    log.info(
-        "Limit: matrix products of these shapes run at %.2f TFLOP/s, that is %.2f img/s; copies at %.1f GB/s",
-        *(limit["matmul_tflops"], limit["limit_img_s"], limit["copy_gb_s"]),
-    )
+    log.info(f"=== Performance Summary ==={' (random weights)' if result['weights']['source'] == 'random' else ''}")
+    inference.log_table(ROW_COLUMNS, rows(result))
+    inference.log_table(LIMIT_COLUMNS, limit_rows(result))
+    if power := result["power"]:
+        told = f"{power['watts']:.1f} W for the whole card, {power['joules_per_image']:.3f} J an image"
+        log.info(f"Power: {told} at {power['images_per_s']:.2f} img/s ({power['samples']} samples of npu-smi)")
+    if cost := result["deterministic_cost"]:
+        told = f"{cost['ratio']:.3f} times as long" if "ratio" in cost else f"(not measured: {cost['unavailable']})"
+        log.info(f"--deterministic takes {told} at batch size {cost['batch_size']}")
 
 
 def log_peer(row: dict[str, Any]) -> None:
-    if "unavailable" in row:
-        log.info("Against %s: not measured (%s)", row["peer"], row["unavailable"])
+    if "speed_ratio" not in row:
+        log.info(f"Against {row['peer']}: not measured ({row.get('unavailable') or row['reason']})")
         return
-    log.info(
-        "Against %s, batch size %d: %.2f img/s, this bundle %.2f, %.3f times as fast (median of %d turns)",
-        *(row["peer"], row["batch_size"], row["throughput_img_s"], row["bundle_throughput_img_s"]),
-        *(row["speed_ratio"], row["rounds"]),
-    )
-
-
-def log_end_to_end(found: dict[str, Any]) -> None:
-    cold = found["cold_start"]
-    log.info(
-        "Cold start: import %.2f s, load %.2f s, first image %.2f s; %.2f times the bare minimum of %.2f s; peak memory %.0f MB",
-        *(cold["import_s"], cold["load_s"], cold["first_image_s"], cold["ratio_to_bare"], cold["bare_minimum_s"]),
-        cold["peak_memory_mb"],
-    )
-    folder = found["folder"]
-    log.info(
-        "Folder of %d photos, %.1f megapixels each, batch size %d",
-        folder["images"],
-        folder["megapixels_mean"],
-        folder["batch_size"],
-    )
-    for row in folder["rows"]:
-        log.info("%-34s %9.2f img/s %7.3f of this bundle's", row["what"], row["images_per_s"], row["ratio_to_this_bundle"])
-    log.info("Pre-processing on one core: %.2f times as fast as the library's", found["preprocessing"]["ratio_to_library"])
+    ours = f"this bundle {row['bundle_throughput_img_s']:.2f}, {row['speed_ratio']:.3f} times as fast"
+    rates = f"{row['throughput_img_s']:.2f} img/s, {ours} (median of {row['rounds']} turns)"
+    log.info(f"Against {row['peer']}, batch size {row['batch_size']}: {rates}")
 
 
 def log_comparison(comparison: dict[str, Any]) -> None:
-    log.info("Against %s:", comparison["file"])
+    log.info(f"Against {comparison['file']}:")
     for row in comparison["rows"]:
-        figures = (row["throughput_img_s"], row["other_throughput_img_s"], row["ratio"])
-        log.info("Batch size %d: %.2f img/s, there %.2f: %.3f times", row["batch_size"], *figures)
+        there = f"there {row['other_throughput_img_s']:.2f}: {row['ratio']:.3f} times"
+        log.info(f"Batch size {row['batch_size']}: {row['throughput_img_s']:.2f} img/s, {there}")
     for key, (here, there) in comparison["differences"].items():
-        log.info("Differs: %s is %s, there %s", key, here, there)
+        log.info(f"Differs: {key} is {here}, there {there}")
 
 
 def positive_float(text: str) -> float:
     """An argparse type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
-    return value
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
 
 
 def make_parser() -> inference.ArgumentParser:
     parser = inference.ArgumentParser(__doc__)
     number = inference.positive_int
-    group = parser.add_argument_group("measurement")
-    group.add_argument("--batch_sizes", nargs="+", type=number, default=[1, 2, 4, 8], metavar="N", help="(default: 1 2 4 8)")
-    group.add_argument(
-        "--warmup", type=number, default=3, metavar="N", help="runs before timing, more until they settle (default: 3)"
-    )
-    group.add_argument("--num_runs", type=number, default=10, metavar="N", help="timed runs of each batch size (default: 10)")
-    group.add_argument("--rounds", type=number, default=5, metavar="N", help="turns that limit and peers take (default: 5)")
-    group.add_argument(
-        "--execution",
-        choices=("eager", "graph"),
-        default="eager",
-        help="graph: capture the forward pass and replay it (NPU, GPU)",
-    )
-    group.add_argument("--end_to_end", type=number, metavar="N", help="also measure a cold start and a folder of N photos")
-    group.add_argument(
-        "--megapixels",
-        nargs=2,
-        type=positive_float,
-        default=[0.2, 12],
-        metavar=("LOW", "HIGH"),
-        help="their sizes (default: 0.2 12)",
-    )
-    group.add_argument(
-        "--compare", metavar="FILE", help="an earlier result to compare with (default on an NPU: the published run)"
-    )
+    add = parser.add_argument_group("measurement").add_argument
+    add("--batch_sizes", nargs="+", type=number, default=[1, 2, 4, 8], metavar="N", help="(default: 1 2 4 8)")
+    add("--warmup", type=number, default=3, metavar="N", help="runs before timing, more until they settle (default: 3)")
+    add("--num_runs", type=number, default=10, metavar="N", help="timed runs of each batch size (default: 10)")
+    add("--rounds", type=number, default=5, metavar="N", help="turns that limit and peers take (default: 5)")
+    how = "graph: capture the forward pass and replay it (NPU, GPU)"
+    add("--execution", choices=("eager", "graph"), default="eager", help=how)
+    add("--end_to_end", type=number, metavar="N", help="also measure a cold start and a folder of N photos")
+    sizes = "their sizes (default: 0.2 12)"
+    add("--megapixels", nargs=2, type=positive_float, default=[0.2, 12], metavar=("LOW", "HIGH"), help=sizes)
+    length = f"of a turn through the folder (default: until fixed costs are {FIXED_SHARE:.0%} of it)"
+    add("--turn_seconds", type=positive_float, metavar="S", help=length)
+    add("--compare", metavar="FILE", help="an earlier result to compare with (default on an NPU: the published run)")
     inference.add_model_arguments(parser)
     return parser
 

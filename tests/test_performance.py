@@ -1,20 +1,27 @@
-"""eval_performance.py: its arithmetic by hand, what it times, what it keeps when something ends it."""
+"""eval_performance.py, end_to_end.py, npu_watch.py: arithmetic by hand, what is timed, what is kept when something ends it."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
+import stat
+import time
+from types import SimpleNamespace
 
-import eval_performance
-import inference
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
-from eval_performance import compare_rows, flop_per_image, matrix_products, summarize, warm_up
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ViTConfig, ViTModel
+
+import end_to_end
+import eval_performance
+import inference
+import npu_watch
+from conftest import SAMPLES, TESTS, TINY
+from eval_performance import compare_rows, flop_per_image, matrix_products, median_interval, runs_for, summarize, warm_up
 
 PUBLISHED_KEYS = {"batch_size", "image_size", "mean_time_s", "std_time_s", "p50_s", "p95_s", "throughput_img_s"}
 
@@ -28,6 +35,43 @@ def measure(run, tiny_folder):
     return run_measurement
 
 
+@pytest.fixture
+def no_peers(monkeypatch):
+    monkeypatch.setattr(eval_performance, "measure_peers", lambda *arguments: iter(()))
+
+
+@pytest.fixture
+def quick_npu(monkeypatch, no_peers):
+    """What takes child processes, or seconds of sampling, left out."""
+    monkeypatch.setattr(eval_performance, "measure_deterministic_cost", lambda *arguments: None)
+    monkeypatch.setattr(eval_performance, "measure_power", lambda *arguments: None)
+
+
+@pytest.fixture
+def children_have_npu(monkeypatch, tmp_path):
+    """Child processes find the simulated NPU, as on a machine that has one."""
+    code = f"import os, sys\nos.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'\nsys.path.insert(0, {str(TESTS)!r})\n"
+    (tmp_path / "sitecustomize.py").write_text(f"{code}import npu_simulator\nnpu_simulator.install()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+class Clock:
+    """A host and a device whose times are fixed: a call takes `host` seconds to queue `device` seconds of work."""
+
+    def __init__(self, monkeypatch, host: float, device: float) -> None:
+        self.now, self.busy_until, self.host, self.device, self.calls = 100.0, 0.0, host, device, 0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(inference, "synchronize", self.synchronize)
+
+    def run(self, _batch) -> None:
+        self.calls += 1
+        self.busy_until = max(self.busy_until, self.now) + self.device
+        self.now += 10 if self.calls <= 6 else self.host  # the first calls take longer, as they do
+
+    def synchronize(self, _device) -> None:
+        self.now = max(self.now, self.busy_until)
+
+
 def counted_flop(run) -> int:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         run()
@@ -37,27 +81,38 @@ def counted_flop(run) -> int:
 # --- arithmetic ---
 
 
-@pytest.mark.parametrize("fields", [TINY, inference.VIT_LARGE], ids=["tiny", "300M"])
-def test_the_flop_count_is_torchs_own(fields):
-    config = ViTConfig(**fields, attn_implementation="eager")
+def test_the_forward_pass_of_the_300m_costs_123_gflop():
+    from transformers import ViTConfig, ViTModel
+
+    card = inference.CARDS[0]
+    config = ViTConfig(
+        hidden_size=card.width, num_hidden_layers=card.layers, num_attention_heads=card.heads, intermediate_size=4096
+    )
     with torch.device("meta"):
-        model, pixels = ViTModel(config), torch.empty(1, 3, config.image_size, config.image_size)
-    assert flop_per_image(config, config.image_size) == counted_flop(lambda: model(pixels))
+        module = ViTModel(config)
+    model = SimpleNamespace(module=module, preprocess=SimpleNamespace(image_size=224))
+    layer = 8 * 197 * 1024**2 + 4 * 197 * 1024 * 4096 + 4 * 197**2 * 1024
+    assert flop_per_image(model) == 2 * 196 * 768 * 1024 + 24 * layer + 2 * 1024**2
+    assert flop_per_image(model) / 1e9 == pytest.approx(123.1, abs=0.05)
 
 
-def test_the_models_forward_pass_costs_123_gflop():
-    assert flop_per_image(ViTConfig(**inference.VIT_LARGE), 224) / 1e9 == pytest.approx(123.1, abs=0.05)
+def test_levers_do_not_change_the_flop_count(cpu, tiny, tiny_folder):
+    plain = inference.load_model(cpu, str(tiny_folder), levers=())
+    size = TINY["image_size"]
+    plain.module.config._attn_implementation = "eager"  # torch does not count the CPU's fused attention
+    counted = counted_flop(lambda: plain.module(pixel_values=torch.zeros(1, 3, size, size)))
+    assert tiny.levers
+    assert flop_per_image(tiny) == flop_per_image(plain) == counted
 
 
 def test_the_limit_is_measured_on_the_models_own_products(tiny):
     total = sum(count * counted_flop(product) for count, product in matrix_products(tiny, 3))
-    pooler = 2 * TINY["hidden_size"] ** 2
-    assert total == 3 * (flop_per_image(tiny.module.config, TINY["image_size"]) - pooler)
+    assert total == 3 * (flop_per_image(tiny) - 2 * TINY["hidden_size"] ** 2)  # the pooler
 
 
 def test_statistics_are_numpys():
     times = [0.4, 0.1, 0.3, 0.2, 0.25]
-    row = summarize(times, 8)
+    row = summarize(times, [], 8)
     assert row["mean_time_s"] == pytest.approx(0.25)
     assert row["std_time_s"] == pytest.approx(math.sqrt(0.01))
     assert (row["p50_s"], row["min_time_s"]) == (0.25, 0.1)
@@ -69,7 +124,29 @@ def test_statistics_are_numpys():
 
 @pytest.mark.parametrize(("times", "unsteady"), [([1.0, 1.05, 1.09], False), ([1.0, 1.0, 1.2], True), ([2.0], False)])
 def test_a_spread_of_more_than_a_tenth_is_called_unsteady(times, unsteady):
-    assert summarize(times, 1)["unsteady"] is unsteady
+    assert summarize(times, [], 1)["unsteady"] is unsteady
+
+
+@pytest.mark.parametrize(("percent", "runs"), [(90, 64), (95, 130), (99, 662)])
+def test_percentiles_are_earned_as_mlperf_asks(percent, runs):
+    assert runs_for(percent) == runs  # LoadGen's early_stopping.cc has 64 for P90 and 662 for P99
+
+
+@pytest.mark.parametrize(
+    ("runs", "shown"), [(129, {95: None, 99: None}), (130, {95: 7.0, 99: None}), (662, {95: 7.0, 99: 8.0})]
+)
+def test_a_percentile_is_shown_once_it_is_earned(runs, shown):
+    row = {"batch_size": 1, "p95_s": 7.0, "p99_s": 8.0, "raw_times_s": [0.0] * runs}
+    (said,) = eval_performance.rows({"results": [row]})
+    assert {percent: said.get(f"earned_p{percent}_s") for percent in shown} == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "places"), [(5, None), (6, (0, 5)), (8, (0, 7)), (9, (1, 7)), (10, (1, 8)), (17, (4, 12)), (100, (39, 60))]
+)
+def test_the_medians_interval_is_that_of_the_tables(count, places):  # order statistics at 95%, e.g. Conover, table A3
+    times = [float(number) for number in reversed(range(count))]
+    assert median_interval(times) == (None if places is None else [float(place) for place in places])
 
 
 def test_runs_are_compared_where_both_have_a_throughput():
@@ -81,6 +158,15 @@ def test_runs_are_compared_where_both_have_a_throughput():
     theirs = [{"batch_size": 1, "throughput_img_s": 40.0}, {"batch_size": 2, "throughput_img_s": 60.0}]
     expected = {"batch_size": 1, "throughput_img_s": 50.0, "other_throughput_img_s": 40.0, "ratio": 1.25}
     assert compare_rows(ours, theirs) == [expected]
+
+
+def test_hours_follow_from_the_best_rates():
+    folder = {"rows": [{"what": "this bundle", "images_per_s": 500.0}, {"what": "transformers loop", "images_per_s": 900.0}]}
+    sizes = [{"batch_size": size, "throughput_img_s": rate} for size, rate in ((1, 90.0), (8, 1000.0), (64, 800.0))]
+    whole, bulk = end_to_end.scale_rows({"results": sizes, "end_to_end": {"folder": folder}})
+    assert whole["what"] == "forward pass, batch 8"
+    assert (whole["million_h"], whole["billion_8_h"]) == pytest.approx((1000 / 3600, 125_000 / 3600))
+    assert (bulk["images_per_s"], bulk["billion_64_h"]) == pytest.approx((500.0, 1e9 / 64 / 500 / 3600))
 
 
 # --- timing ---
@@ -97,11 +183,45 @@ def test_warm_up_ends_when_times_settle(monkeypatch, cpu, times, runs):
     assert warm_up(cpu, lambda: None, 3) == runs
 
 
+@pytest.mark.parametrize(("device", "bound"), [(3.0, False), (1.3, False), (1.2, True), (0.5, True)])
+def test_a_row_holds_what_the_device_and_what_the_host_takes(npu, monkeypatch, tiny_folder, device, bound):
+    model = inference.load_model(inference.open_device("npu"), str(tiny_folder))
+    clock = Clock(monkeypatch, 1.0, device)
+    encoder = SimpleNamespace(model=model, run=clock.run, release=None)
+    crops = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
+    row = eval_performance.measure_row(encoder, crops, 4, argparse.Namespace(warmup=6, num_runs=5))
+    assert row["raw_times_s"] == pytest.approx([max(1.0, device)] * 5)
+    assert (row["enqueue_s"], row["launch_bound"]) == (pytest.approx(1.0), bound)
+    assert row["pipelined_throughput_img_s"] == pytest.approx(4 / max(1.0, device))
+    assert (row["warmup_runs"], clock.calls) == (6, 16)
+
+
+def test_the_cpu_queues_nothing(monkeypatch, tiny):
+    clock = Clock(monkeypatch, 1.0, 1.0)
+    encoder = SimpleNamespace(model=tiny, run=clock.run)
+    row = eval_performance.measure_row(encoder, torch.zeros(2, 64, 64, 3), 4, argparse.Namespace(warmup=1, num_runs=2))
+    assert (row["enqueue_s"], row["launch_bound"], row["pipelined_throughput_img_s"]) == (None, False, None)
+
+
 def test_times_include_what_the_device_still_has_to_do(npu):
     device = inference.open_device("npu")
     values = torch.ones(4, device="npu")
     npu.queue.seconds_per_op = 0.02
-    assert eval_performance.time_once(device, lambda: [values.add(1) for _ in range(5)]) >= 0.1
+    assert inference.time_once(device, lambda: [values.add(1) for _ in range(5)]) >= 0.1
+
+
+def test_peak_memory_is_a_rows_own_and_in_mebibytes(npu, tiny_folder):
+    model = inference.load_model(inference.open_device("npu"), str(tiny_folder))
+    encoder = inference.Encoder(model, eval_performance.FEATURES, 1)
+    crops, args = torch.zeros(1, 64, 64, 3, dtype=torch.uint8), argparse.Namespace(warmup=1, num_runs=1)
+    many, one = (eval_performance.measure_row(encoder, crops, size, args)["npu_memory_mb"] for size in (64, 1))
+    assert one == npu.memory.peak / 2**20
+    assert many > one + 64 * 64 * 64 * 3 / 2**20
+
+
+def test_a_copy_counts_what_is_read_and_written_in_gigabytes(monkeypatch, cpu):
+    monkeypatch.setattr(eval_performance, "time_once", lambda device, run: 0.5)
+    assert eval_performance.copy_bandwidth(cpu, 3, 4_000_000) == pytest.approx(2 * 4e6 / 0.5 / 1e9)
 
 
 def test_inputs_change_from_run_to_run(cpu):
@@ -146,12 +266,135 @@ def test_the_limit_is_that_of_the_largest_batch_and_shares_come_from_turns(monke
     monkeypatch.setattr(encoder, "run", lambda batch: f"bundle {len(batch)}")
     size = TINY["image_size"]
     monkeypatch.setattr(eval_performance, "copy_bandwidth", lambda device, runs, size: 20.0)
-    limit = eval_performance.measure_limit(encoder, torch.zeros(4, size, size, 3, dtype=torch.uint8), [1, 4], 2, 4)
+    crops, flop = torch.zeros(4, size, size, 3, dtype=torch.uint8), flop_per_image(tiny)
+    limit = eval_performance.measure_limit(encoder, crops, [1, 4], 2, flop / 1e9, 4)
     assert [turn["share_of_limit_percent"] for turn in limit["turns"]] == pytest.approx([37.5, 75.0])
     assert limit["limit_img_s"] == pytest.approx(4 / 1.5)
-    flop = flop_per_image(tiny.module.config, size)
     assert limit["matmul_tflops"] == pytest.approx(flop * 4 / 1.5 / 1e12)
     assert max(counted) == 4 * (flop - 2 * TINY["hidden_size"] ** 2)
+
+
+def test_as_torch_npu_leaves_it_is_tanh_gelu_and_hf32_and_the_other_peer_is_not(npu, monkeypatch, tiny_folder, cpu):
+    def outputs(encoder, crops, peer, pixels, size, rounds):
+        found = {"output": peer(pixels.to("npu")).last_hidden_state.cpu()}
+        return found | {"hf32_after": [npu.module.conv.allow_hf32, npu.module.matmul.allow_hf32]}
+
+    monkeypatch.setattr(eval_performance, "take_turns", outputs)
+    args = eval_performance.make_parser().parse_args(["--model_path", str(tiny_folder)])
+    model = inference.load_model(inference.open_device("npu"), str(tiny_folder))
+    crops = eval_performance.sample_crops(model.preprocess)[:1]
+    encoder = inference.Encoder(model, eval_performance.FEATURES, 1)
+    rows = {row["peer"]: row for row in eval_performance.measure_peers(encoder, crops, args, [1])}
+    golden = inference.forward(inference.load_model(cpu, str(tiny_folder), "float64", levers=()), crops).hidden
+    errors = {name: float((row["output"] - golden).norm() / golden.norm()) for name, row in rows.items()}
+    assert errors["transformers"] < 2e-6
+    assert 5e-5 < errors["as torch_npu leaves it"] < 1e-2
+    left = inference.load_model(model.device, str(tiny_folder), levers=(), exact_gelu=False)
+    inference.set_float32_precision("npu", True, False)
+    expected = inference.forward(left, crops[:1].to("npu")).hidden.cpu()
+    assert torch.equal(rows["as torch_npu leaves it"]["output"][:1], expected)
+    assert [row["hf32_after"] for row in rows.values()] == [[False, False]] * 2
+
+
+# --- npu-smi ---
+
+WATCH = """NpuID(Idx)  ChipId(Idx) Pwr(W)      Temp(C)     AI Core(%)
+0           0           170.5       45          0
+0           1           -           47          80
+1           0           90.0        40          0
+NpuID(Idx)  ChipId(Idx) Pwr(W)      Temp(C)     AI Core(%)
+0           0           180.5       46          1
+0           1           -           49          NA
+dcmi module get no answer (simulated)
+0           1
+"""
+MAPPING = """\tNPU ID     Chip ID     Chip Logic ID     Chip Name
+\t0          0           0                 Ascend910
+\t0          1           1                 Ascend910
+\t0          2           -                 Mcu
+\t1          0           2                 Ascend910
+"""
+PROCESSES = """
+| NPU   Name                | Health        | Power(W)    Temp(C)           Hugepages-Usage(page)|
+| 0     Ascend910           | OK            | 170.5       45                0    / 0             |
+| 0     1                   | 0000:9D:00.0  | 0           0    / 0          3130 / 65536         |
++===========================+===============+====================================================+
+| NPU     Chip              | Process id    | Process name             | Process memory(MB)      |
+| 0       1                 | 48988         | python                   | 13330                   |
+| 0       1                 | {pid:<13} | python                   | 1024                    |
+| 0       1                 | 50001         |                          | 134                     |
+| 1       0                 | 60000         | sglang                   | 60970                   |
+| No running processes found in NPU 2                                                            |
+"""
+
+
+@pytest.fixture
+def npu_smi(tmp_path, monkeypatch):
+    """An npu-smi on the PATH that says what A3's does, and whose watch goes on for ever."""
+    for name, text in (("watch", WATCH), ("mapping", MAPPING), ("processes", PROCESSES.format(pid=os.getpid()))):
+        (tmp_path / name).write_text(text)
+    script = tmp_path / "bin" / "npu-smi"
+    script.parent.mkdir()
+    ways = f'watch) cat "{tmp_path}/watch"; exec sleep 600;; -m) cat "{tmp_path}/mapping";; *) cat "{tmp_path}/processes";;'
+    script.write_text(f'#!/bin/sh\ncase "$2" in {ways} esac\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+
+
+def npu_number(index: int) -> SimpleNamespace:
+    return SimpleNamespace(torch_device=SimpleNamespace(index=index))
+
+
+@pytest.mark.parametrize(("visible", "index", "chip"), [(None, 0, ("0", "0")), (None, 2, ("1", "0")), ("1,2", 0, ("0", "1"))])
+def test_a_device_of_torch_is_found_among_cards_of_two_chips(npu_smi, monkeypatch, visible, index, chip):
+    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", visible)
+    assert npu_watch.chip_of(npu_number(index)) == chip
+
+
+def test_other_processes_on_the_chip_are_named(npu_smi):
+    assert npu_watch.others_on(("0", "1")) == ["python (48988)", " (50001)"]
+    assert npu_watch.others_on(("1", "0")) == []  # one there is this one, whatever number the host gives it
+
+
+def test_the_power_is_the_cards_and_the_rest_the_chips_own(npu_smi):
+    with npu_watch.watching(("0", "1")) as lines:
+        time.sleep(0.5)
+    found = npu_watch.summarize_watch(lines, ("0", "1"), 100.0)
+    assert found == {
+        "samples": 2,
+        "watts": pytest.approx(175.5),
+        "temperature_c": 49.0,
+        "ai_core_percent": 80.0,
+        "images_per_s": 100.0,
+        "joules_per_image": pytest.approx(1.755),
+    }
+
+
+def test_without_npu_smi_there_is_no_power_and_nobody_else(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with npu_watch.watching(("0", "0")) as lines:
+        pass
+    assert npu_watch.summarize_watch(lines, ("0", "0"), 1.0) is None
+    assert npu_watch.others_on(("0", "0")) == []
+    assert npu_watch.chip_of(npu_number(3)) == ("3", "0")
+
+
+def test_a_hanging_npu_smi_says_nothing(monkeypatch):
+    def hang(command, timeout, **options):
+        raise npu_watch.subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(npu_watch.subprocess, "run", hang)
+    assert npu_watch.npu_smi("-m") == ""
+
+
+def test_watch_with_all_of_its_columns():
+    names = (
+        "NpuID(Idx)  ChipId(Idx) Pwr(W) Temp(C) AI Core(%) AI Cpu(%) Ctrl Cpu(%) Memory(%) Memory BW(%) NPU Util(%) AI Cube(%)"
+    )
+    (line,) = npu_watch.parse_watch(f"npu-smi info watch\n{names}\n2 0 90.1 34 55 1 2 3 4 5 6\n")
+    assert (line["Pwr"], line["Temp"], line["AI Core"], line["Memory BW"]) == ("90.1", "34", "55", "4")
 
 
 # --- the evaluation ---
@@ -167,7 +410,6 @@ def test_a_run_on_the_cpu_has_the_published_keys_and_the_rest(measure):
         assert not row.keys() & {"npu_memory_mb", "gpu_memory_mb"}
         assert row["throughput_img_s"] == pytest.approx(row["batch_size"] / np.mean(row["raw_times_s"]))
         assert row["tflops"] == pytest.approx(row["throughput_img_s"] * result["gflop_per_image"] / 1e3)
-        assert row["pipelined_throughput_img_s"] is None
     shares = [row["share_of_limit_percent"] for row in result["results"]]
     for turn, share in zip(result["limit"]["turns"], shares, strict=True):
         (bundle,), (products,) = turn["bundle_times_s"], turn["products_times_s"]
@@ -176,41 +418,88 @@ def test_a_run_on_the_cpu_has_the_published_keys_and_the_rest(measure):
     assert (result["partial"], result["comparison"], result["end_to_end"]) == (False, None, None)
     assert {row["peer"] for row in result["peers"]} == {"transformers", "onnxruntime", "openvino"}
     assert [row["batch_size"] for row in result["peers"] if row["peer"] == "transformers"] == [1, 3]
-    assert "=== Performance Summary ===" in done.log
-    assert (done.folder / "performance_eval_cpu.json").exists()
+    for line in ("--- Batch size: 3 ---", "=== Performance Summary ===", "Image size: 64, Batch sizes: [1, 3]", "P95: "):
+        assert line in done.log
+    assert [path.name for path in done.folder.iterdir()] == ["performance_eval_cpu.json"]
 
 
 @pytest.mark.parametrize("execution", ["eager", "graph"])
-def test_a_run_on_an_npu_is_compared_with_the_published_one(npu, measure, execution):
-    done = measure("--execution", execution, device="npu")
+def test_a_run_on_an_npu_is_compared_with_the_published_one(npu, quick_npu, measure, execution):
+    done = measure("--execution", execution, "--batch_sizes", 1, 2, device="npu")
     assert done.code == 0, done.terminal
     result = done.result
-    assert (done.folder / "performance_eval.json").exists()
+    assert (result["execution"], result["execution_fallback"]) == (execution, None)
     published = json.loads(eval_performance.PUBLISHED.read_text())["results"]
     assert [row["other_throughput_img_s"] for row in result["comparison"]["rows"]] == [
-        row["throughput_img_s"] for row in published
+        row["throughput_img_s"] for row in published[:2]
     ]
     assert result["comparison"]["differences"]["device_name"] == [npu.NAME, "Ascend910_9362"]
+    assert result["comparison"]["differences"]["torch"] == [torch.__version__, "2.9.0+cpu"]
     assert all(row["npu_memory_mb"] > 2.0 and row["pipelined_throughput_img_s"] > 0 for row in result["results"])
-    assert {row["peer"] for row in result["peers"]} == {"transformers"}
 
 
-def test_a_batch_that_does_not_fit_is_a_row_and_the_rest_goes_on(npu, measure):
+def test_others_on_the_npu_are_said_and_its_power_is_measured(npu, npu_smi, no_peers, monkeypatch, measure):
+    monkeypatch.setattr(eval_performance, "measure_deterministic_cost", lambda *arguments: None)
+    real = eval_performance.measure_power
+    monkeypatch.setattr(eval_performance, "measure_power", lambda *arguments: real(*arguments, seconds=0.3))
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "1")
+    done = measure("--batch_sizes", 2, device="npu")
+    assert done.code == 0, done.terminal
+    assert "Other processes are on this NPU, and its times may be too long: python (48988)" in done.terminal
+    power = done.result["power"]
+    assert power["joules_per_image"] == pytest.approx(175.5 / power["images_per_s"])
+    assert "for the whole card" in done.log
+
+
+def test_what_determinism_costs_is_measured_in_child_processes(npu, children_have_npu, tiny_folder, monkeypatch):
+    flags = ["--model_path", str(tiny_folder), "--device", "npu", "--num_runs", "2", "--warmup", "1"]
+    args, device = eval_performance.make_parser().parse_args(flags), inference.open_device("npu")
+    cost = eval_performance.measure_deterministic_cost(args, device, 2)
+    assert cost["ratio"] == pytest.approx(cost["deterministic_p50_s"] / cost["p50_s"]), cost
+    monkeypatch.setitem(end_to_end.CHILDREN, "timed", "raise SystemExit('no room')")
+    cost = eval_performance.measure_deterministic_cost(args, device, 2)
+    assert cost["unavailable"] == "the child process 'timed' failed (no room)"
+
+
+@pytest.mark.parametrize("fault", ["", "late_memory", "workspace_memory"])
+@pytest.mark.parametrize("version", ["7.3", "26"])
+def test_a_batch_that_does_not_fit_is_a_row_and_the_rest_goes_on(npu, quick_npu, measure, fault, version):
+    npu.machine.version, npu.machine.faults = version, set(filter(None, [fault]))
     npu.memory.limit = 9_000_000
     done = measure("--batch_sizes", 1, 64, 2, device="npu")
     assert done.code == 0, done.terminal
     one, many, two = done.result["results"]
     assert many["out_of_memory"] is True
-    assert many["reason"].startswith("NPU out of memory. Tried to allocate")
+    assert "out of memory" in many["reason"]
     assert one["throughput_img_s"] > 0
     assert two["throughput_img_s"] > 0
-    assert [row["batch_size"] for row in done.result["peers"]] == [1, 2]
+    assert [turn["batch_size"] for turn in done.result["limit"]["turns"]] == [1, 2]
 
 
-def test_the_limit_is_measured_at_half_the_batch_where_its_products_do_not_fit(monkeypatch, measure):
+def test_a_batch_that_the_cpu_cannot_hold_is_a_row(no_peers, monkeypatch, measure):
+    def scarce(crops, batch_size, device):
+        if batch_size > 1000:
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to ..."
+            )
+        return real(crops, batch_size, device)
+
+    real = eval_performance.inputs
+    monkeypatch.setattr(eval_performance, "inputs", scarce)
+    done = measure("--batch_sizes", 1, 1_000_000)
+    assert done.code == 0, done.terminal
+    one, many = done.result["results"]
+    assert one["throughput_img_s"] > 0
+    assert many["out_of_memory"] is True
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_the_limit_is_measured_at_half_the_batch_where_its_products_do_not_fit(monkeypatch, no_peers, measure, error):
     def scarce(model, batch_size):
         if batch_size > 2:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
         return real(model, batch_size)
 
     real = eval_performance.matrix_products
@@ -222,34 +511,50 @@ def test_the_limit_is_measured_at_half_the_batch_where_its_products_do_not_fit(m
         assert turn["share_of_limit_percent"] == pytest.approx(100 * (turn["batch_size"] / bundle) / (2 / products))
 
 
-def test_an_interrupted_run_keeps_its_rows_and_an_older_result(monkeypatch, measure):
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "stopped; what was measured so far (2 rows) is in "),
+        (inference.UsageError("no disk"), 2, "error: no disk; what was measured so far (2 rows) is in "),
+        (
+            ZeroDivisionError("by zero"),
+            70,
+            "error: RuntimeError: ZeroDivisionError: by zero; what was measured so far (2 rows) is in ",
+        ),
+    ],
+)
+def test_whatever_ends_a_run_its_rows_and_an_older_result_are_kept(monkeypatch, no_peers, measure, error, code, line, tmp_path):
     assert measure("--batch_sizes", 1).code == 0
-    real = eval_performance.measure_row
+    real, partial = eval_performance.measure_row, tmp_path / "results" / "performance_eval_partial_cpu.json"
 
-    def interrupted(encoder, crops, batch_size, args):
+    def ended(encoder, crops, batch_size, args):
         if batch_size == 4:
-            raise KeyboardInterrupt
+            saved = json.loads(partial.read_text())  # before anything ends it: SIGKILL asks nobody
+            assert [row["batch_size"] for row in saved["results"]] == [1, 2]
+            assert inference.stopping.last_words.startswith("stopped; what was measured so far (2 rows) is in ")
+            raise error
         return real(encoder, crops, batch_size, args)
 
-    monkeypatch.setattr(eval_performance, "measure_row", interrupted)
+    monkeypatch.setattr(eval_performance, "measure_row", ended)
     done = measure("--batch_sizes", 1, 2, 4)
-    assert done.code == 130
-    assert "stopped; what was measured so far (2 batch sizes) is in" in done.terminal
-    partial = json.loads((done.folder / "performance_eval_partial_cpu.json").read_text())
-    assert (partial["partial"], [row["batch_size"] for row in partial["results"]]) == (True, [1, 2])
+    assert done.code == code
+    assert done.terminal.splitlines()[-1].startswith(f"{line}{partial}")
+    kept = json.loads(partial.read_text())
+    assert (kept["partial"], [row["batch_size"] for row in kept["results"]]) == (True, [1, 2])
     older = json.loads((done.folder / "performance_eval_cpu.json").read_text())
     assert (older["partial"], [row["batch_size"] for row in older["results"]]) == (False, [1])
+    assert measure("--batch_sizes", 1).code == 0
+    assert not partial.exists()
 
 
-def test_a_device_that_cannot_be_used_leaves_the_older_result(measure, tmp_path):
-    older = tmp_path / "results" / "performance_eval.json"
-    older.parent.mkdir()
-    older.write_text("{}")
-    done = measure(device="npu")
-    assert done.code == 3
-    assert done.log.splitlines()[-1].endswith("(README: versions)")
-    assert "[ERROR] BLOCKED: torch_npu is not installed." in done.log
-    assert older.read_text() == "{}"
+def test_a_run_that_is_ended_before_its_first_row_leaves_nothing(monkeypatch, measure, tmp_path):
+    def ended(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_performance, "measure_row", ended)
+    done = measure()
+    assert (done.code, done.result) == (130, None)
+    assert done.terminal.splitlines()[-1] == "stopped; nothing was measured yet"
 
 
 @pytest.mark.parametrize(
@@ -269,7 +574,7 @@ def test_mistakes_are_one_line(measure, flags, message):
 
 
 def test_photos_are_made_in_the_sizes_asked_for(tmp_path):
-    mean = eval_performance.make_photos(tmp_path, 8, (0.01, 0.04))
+    mean = end_to_end.make_photos(tmp_path, 8, (0.01, 0.04))
     sizes = [Image.open(path).size for path in sorted(tmp_path.iterdir())]
     megapixels = [width * height / 1e6 for width, height in sizes]
     assert len(sizes) == 8
@@ -278,21 +583,104 @@ def test_photos_are_made_in_the_sizes_asked_for(tmp_path):
     assert len({round(width / height, 1) for width, height in sizes}) > 2
 
 
-def test_end_to_end_measures_the_real_thing(measure):
-    ballast = np.ones(2**28)  # 2 GiB: the memory of a cold start is its own, not that of the process which starts it
-    done = measure("--batch_sizes", 1, "--end_to_end", 4, "--megapixels", 0.01, 0.05)
-    assert done.code == 0, done.terminal
-    found = done.result["end_to_end"]
+@pytest.fixture
+def fixed_ways(monkeypatch):
+    """Three ways with fixed costs, in seconds, and rates, in images a second; counts what each was given."""
+    costs = {"this bundle": (2.0, 1000.0), "slow loop": (0.1, 2.0), "decoding alone": (1.0, 4000.0)}
+    given = {what: [] for what in costs}
+
+    def quietly(device, way, share):
+        given[way].append(len(share))
+        fixed, rate = costs[way]
+        return fixed + len(share) / rate
+
+    monkeypatch.setattr(end_to_end, "quietly", quietly)
+    return {what: what for what in costs}, given
+
+
+def test_a_turn_is_long_enough_for_fixed_costs_to_be_small(fixed_ways):
+    ways, given = fixed_ways
+    bundle, slow, decoding = end_to_end.measure_folder(None, ways, list("abcdefghij"), 2, None)
+    assert all(0 < row["fixed_percent"] <= 5.1 for row in (bundle, slow, decoding))
+    assert bundle["images_per_s"] == pytest.approx(1000, rel=0.06)
+    assert decoding["images_per_s"] == pytest.approx(4000, rel=0.06)
+    assert bundle["images_per_turn"] == given["this bundle"][-1] >= 40_000
+    assert slow["images_per_turn"] < 200  # a slow way is not made to take as many
+    assert slow["ratio_to_this_bundle"] == pytest.approx(slow["images_per_s"] / bundle["images_per_s"])
+    assert [len(row["images_per_s_by_turn"]) for row in (bundle, slow, decoding)] == [2, 2, 2]
+
+
+def test_where_fixed_costs_are_not_small_that_is_said_and_nothing_subtracted(fixed_ways, caplog):
+    rows = end_to_end.measure_folder(None, fixed_ways[0], list("abcdefghij"), 2, 0.001)
+    bundle = rows[0]
+    assert bundle["fixed_percent"] > 90
+    assert bundle["images_per_s"] == pytest.approx(5 / (2 + 5 / 1000))
+    found = {
+        "folder": {"images": 10, "megapixels_mean": 1.0, "batch_size": 8, "rows": rows},
+        "preprocessing": {"ratio_to_library": 1.0},
+    }
+    inference.log.propagate = True
+    end_to_end.log_end_to_end({"results": [], "end_to_end": found})
+    inference.log.propagate = False
+    assert "Fixed costs are 100% of this bundle's turns, and nothing is subtracted" in caplog.text
+
+
+def check_end_to_end(found) -> None:
     cold = found["cold_start"]
     assert cold["total_s"] == pytest.approx(cold["import_s"] + cold["load_s"] + cold["first_image_s"])
     assert cold["total_s"] / cold["bare_minimum_s"] == pytest.approx(cold["ratio_to_bare"])
     assert 100 < cold["bare_peak_memory_mb"] < 2000
-    assert ballast.sum() > 0
     folder = found["folder"]
     rates = {row["what"]: row["images_per_s"] for row in folder["rows"]}
     ways = ["this bundle", "transformers loop", "image-feature-extraction pipeline", "decoding alone", "computing alone"]
     assert list(rates) == ways
     for row in folder["rows"]:
         assert row["ratio_to_this_bundle"] == pytest.approx(rates[row["what"]] / rates["this bundle"])
-    assert folder["images"] == 4
+    assert folder["images"] == 3
     assert found["preprocessing"]["ratio_to_library"] > 0
+
+
+END_TO_END = ("--batch_sizes", 1, "--end_to_end", 3, "--megapixels", 0.01, 0.05, "--turn_seconds", 0.001)
+
+
+def test_end_to_end_measures_the_real_thing(no_peers, measure):
+    ballast = np.ones(2**28)  # 2 GiB: the memory of a cold start is its own, not that of the process which starts it
+    done = measure(*END_TO_END)
+    assert done.code == 0, done.terminal
+    assert ballast.sum() > 0
+    check_end_to_end(done.result["end_to_end"])
+    assert "=== End to end ===" in done.log
+
+
+def test_end_to_end_on_an_npu(npu, quick_npu, children_have_npu, measure):
+    done = measure(*END_TO_END, device="npu")
+    assert done.code == 0, done.terminal
+    check_end_to_end(done.result["end_to_end"])
+
+
+def test_a_failed_cold_start_keeps_what_was_measured(monkeypatch, no_peers, measure):
+    monkeypatch.setitem(end_to_end.CHILDREN, "bundle", "print('noise'); raise SystemExit('no room')")
+    done = measure(*END_TO_END)
+    assert done.code == 2
+    assert (
+        "the child process 'bundle' failed (no room); what was measured so far (1 rows) is in "
+        in done.terminal.splitlines()[-1]
+    )
+
+
+def test_the_bundles_way_saves_a_row_for_each_photo(monkeypatch, cpu, tiny, tmp_path):
+    made = []
+    real = end_to_end.embed.embed
+    monkeypatch.setattr(
+        end_to_end.embed, "embed", lambda args, images, model: made.append(len(images)) or real(args, images, model)
+    )
+    args = argparse.Namespace(execution="eager")
+    crops = eval_performance.sample_crops(tiny.preprocess)
+    ways = end_to_end.ways_through(tiny, tiny_plain(cpu, tiny), args, crops, tmp_path)
+    photos = sorted(str(path) for path in SAMPLES.glob("*.jpg"))
+    end_to_end.quietly(cpu, ways["this bundle"], photos * 3)
+    assert made == [3 * len(photos)]
+
+
+def tiny_plain(cpu, tiny):
+    return inference.load_model(cpu, tiny.weights.path, levers=())
