@@ -1858,10 +1858,11 @@ def write_blocked(args: argparse.Namespace, blocked: Blocked) -> None:
     """Record why the device cannot be used; where a measurement or a BLOCKED with this reason is on record, in trial/."""
     kind = args.device.partition(":")[0]
     record = read_record(Path(args.results_dir or ROOT / "results") / f"{result_name(args.script, kind)}.json")
-    settle(args, kind, trial=bool(record) and (record.get("status") != "BLOCKED" or record.get("reason") == blocked.reason))
+    reason = re.sub(r"/\S+/", ".../", blocked.reason)  # no path of somebody's machine is published
+    settle(args, kind, trial=bool(record) and (record.get("status") != "BLOCKED" or record.get("reason") == reason))
     if args.script == "embed" or (args.results_dir and record and record.get("status") != "BLOCKED"):
         return
-    data = {"status": "BLOCKED", "device": kind, "reason": blocked.reason, "what_to_do": blocked.remedy}
+    data = {"status": "BLOCKED", "device": kind, "reason": reason, "what_to_do": blocked.remedy}
     write_result(args, data | {"dtype": args.dtype} | run_provenance())
 
 
@@ -2101,8 +2102,9 @@ def run_script(script: str, args: argparse.Namespace, body: Callable[[argparse.N
             log.error(f"error: {unwritten}")
         log.error(f"BLOCKED: {error}")
         return 3
-    except UsageError as error:
-        log.error(f"error: {error}")
+    except (UsageError, ModuleNotFoundError) as error:
+        remedy = "" if isinstance(error, UsageError) else ". Run: pip install -r requirements.txt"
+        log.error(f"error: {error}{remedy}")
         return 2
     except KeyboardInterrupt as error:
         log.error(str(error) or stopping.last_words)
@@ -2122,10 +2124,7 @@ def run_script(script: str, args: argparse.Namespace, body: Callable[[argparse.N
 
 
 def _open_as_asked(args: argparse.Namespace) -> Device:
-    try:
-        device = open_device(args.device, args.allow_hf32, args.deterministic)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{error}. Run: pip install -r requirements.txt") from error
+    device = open_device(args.device, args.allow_hf32, args.deterministic)
     if device.kind == "npu" and args.dtype == "float16" and os.environ.get("INF_NAN_MODE_FORCE_DISABLE") == "1":
         raise UsageError(
             "INF_NAN_MODE_FORCE_DISABLE=1 lets float16 saturate, so no overflow is seen; unset it, or use --dtype float32"

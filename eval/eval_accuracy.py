@@ -280,6 +280,7 @@ def sweep(run: Run, record: Record) -> None:
 
 
 def sweep_row(run: Run, arithmetic: Arithmetic) -> dict[str, Any]:
+    """One arithmetic of the sweep: its errors, verdict, stages, smallest bar and throughput."""
     model, size = arithmetic.load(run.args, run.device), run.args.batch_size
     found = outputs_of(model, arithmetic, run.crops, size, arithmetic.name)
     judged = run.judge(found, arithmetic.dtype == "float32" and arithmetic.autocast is None)

@@ -169,6 +169,7 @@ def draw_accuracy(evidence: Evidence) -> Image.Image:
 
 
 def draw_stages(axes: Axes, lines: dict[str, list[dict[str, Any]]]) -> None:
+    """Error after each stage, a line for each arithmetic, and the bar."""
     order = ("pixels", "patch embedding", "position embedding")
     names = list(dict.fromkeys([*order, *(row["stage"] for stages in lines.values() for row in stages)]))
     for name, stages in lines.items():

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import evidence
 import inference
 import tables
+from inference import UsageError
 
 SAMPLES = "assets/samples"
 
@@ -113,7 +115,9 @@ def submit(args: argparse.Namespace, flags: Sequence[str]) -> int:
     outcomes.append({"step": "page", "exit_code": page, "outcome": OUTCOMES.get(page, "crashed"), "seconds": None})
     inference.write_json(inference.ROOT / "results" / "trial" / "submit.json", {"steps": outcomes})
     print("\n" + "\n".join(f"{row['step']:<12} {row['outcome']}" for row in outcomes))
-    print(tables.render(tables.audit(evidence.read_evidence(inference.ROOT, args.allow_simulated)), "en"))
+    with suppress(UsageError):  # the page's step has told it
+        [audit] = tables.audit(evidence.read_evidence(inference.ROOT, args.allow_simulated))
+        print(tables.render([audit._replace(columns=audit.columns[:3])], "en"))  # a terminal has no use for links
     return max(row["exit_code"] for row in outcomes)
 
 

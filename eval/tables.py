@@ -126,20 +126,16 @@ def pick(columns: Sequence[Column], *keys: str) -> list[Column]:
 
 
 def device_table(
-    evidence: Evidence, name: str, columns: Sequence[Column], rows_of: Callable[[dict], Sequence[dict]], whole: bool = False
+    evidence: Evidence, name: str, columns: Sequence[Column], rows_of: Callable[[dict], Sequence[dict]], published: bool = False
 ) -> list[Part]:
-    """Rows of a result for each device that has it; whole: why the NPU has none, and the published run's rows too."""
+    """Rows of a result for each device that has it, and of the published run; none where no device has it."""
+    found = [(inference.result_name(name, kind), evidence.measured(name, kind)) for kind in KINDS]
+    found += [(PUBLISHED + name, evidence.records.get(PUBLISHED + name) if published else None)]
     rows: list[dict[str, Any]] = []
-    for kind in KINDS:
-        data = evidence.measured(name, kind)
-        if data:
-            with blaming(inference.result_name(name, kind)):
-                rows += [row | {"_device": label_of(data)} for row in rows_of(data)]
-        elif whole and kind == "npu":
-            rows.append({"_device": Text("NPU", "NPU"), columns[0].key: why_not(evidence, name)})
-        if whole and kind == "npu" and PUBLISHED + name in evidence.records:
-            with blaming(PUBLISHED + name):
-                rows += [row | {"_device": PUBLISHED_LABEL} for row in rows_of(evidence.records[PUBLISHED + name])]
+    for stem, data in found:
+        with blaming(stem):
+            label = PUBLISHED_LABEL if stem.startswith(PUBLISHED) else data and label_of(data)
+            rows += [row | {"_device": label} for row in rows_of(data)] if data else []
     return [Table([Column("Device", "设备", "_device"), *columns], rows)] if rows else []
 
 
@@ -222,6 +218,7 @@ CHECKS = {
 
 
 def audit(evidence: Evidence) -> list[Part]:
+    """The first screen: what runs, how exact, how fast, on which evidence, beside the published run."""
     rows = []
     for name, (check, describe) in CHECKS.items():
         ours, theirs = evidence.measured(name), evidence.records.get(PUBLISHED + name)
@@ -240,58 +237,76 @@ def audit(evidence: Evidence) -> list[Part]:
     return [Table(AUDIT, rows)]
 
 
+def short_table(evidence: Evidence, name: str, columns: Sequence[Column], rows_of: Callable, note: Text) -> list[Part]:
+    """A table for a README: the NPU first, also where it has no result, and below what must be known to read it."""
+    [table] = device_table(evidence, name, columns, rows_of) or [Table([Column("Device", "设备", "_device"), *columns], [])]
+    if not evidence.measured(name):
+        table.rows.insert(0, {"_device": Text("NPU", "NPU"), columns[0].key: why_not(evidence, name)})
+    return [table, joined([note, *sources(evidence, name)], "\n", "\n")]
+
+
 def accuracy(evidence: Evidence) -> list[Part]:
+    """The outputs that the card names."""
     keys = ("label", "relative_error.filtered_mean_relative_error", "cosine_similarity", "relative_l2_error")
     columns = pick(eval_accuracy.OUTPUT_COLUMNS, *keys, "worst_token_relative_l2_error", "float64_relative_l2_error", "verdict")
+    names = [eval_accuracy.LABELS[name] for name in ("pooler_output", "last_hidden_state")]
     note = Text(
         "Filtered MRE: mean relative error without elements below a tenth of the RMS. Worst token: the largest of the single "
         "tokens' relative L2 errors. The CPU is compared with float64, not with itself.",
         "过滤后平均相对误差：不计小于均方根十分之一的元素。最差词元：单个词元相对 L2 误差的最大值。CPU 与 float64 比较。",
     )
-    table = device_table(evidence, "accuracy_eval", columns, eval_accuracy.output_rows, whole=True)
-    return [*table, note, *sources(evidence, "accuracy_eval")]
+
+    def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+        return [row for row in eval_accuracy.output_rows(result) if row["label"] in names]
+
+    return short_table(evidence, "accuracy_eval", columns, rows_of, note)
 
 
 def performance(evidence: Evidence) -> list[Part]:
+    """The smallest batch size, and the one with the best throughput."""
     keys = ("batch_size", "p50_s", "throughput_img_s", "memory_mb", "share_of_limit_percent", "remarks")
     note = Text(
-        "P50: median time of a batch. The limit is the rate of the model's matrix products alone, measured in turns with it.",
-        "P50：每批耗时的中位数。上限指仅做模型矩阵乘的速率，与前向计算交替测量。",
+        "The smallest and the fastest batch size. P50: median time of a batch. Limit: the rate of the model's matrix products alone.",
+        "仅列最小批与最快批。P50：每批耗时的中位数。上限：仅做模型矩阵乘的速率。",
     )
-    columns = pick(eval_performance.ROW_COLUMNS, *keys)
-    table = device_table(evidence, "performance_eval", columns, eval_performance.rows, whole=True)
-    return [*table, note, *sources(evidence, "performance_eval")]
+
+    def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+        rows = sorted(eval_performance.rows(result), key=lambda row: row["batch_size"])
+        best = max(rows[1:], key=lambda row: row.get("throughput_img_s", 0), default=None)
+        return rows[:1] + ([best] if best else [])
+
+    return short_table(evidence, "performance_eval", pick(eval_performance.ROW_COLUMNS, *keys), rows_of, note)
 
 
 VERSIONS = (
-    *(Column(name, name, name.lower()) for name in ("CANN", "torch", "torch_npu", "numpy")),
-    Column("Also recommended", "同样推荐", "paired"),
-    Column("pip resolves it (aarch64)", "pip 可解析（aarch64）", "resolves"),
+    *(Column(name, name, name.lower()) for name in ("CANN", "torch_npu")),
+    Column("Recommended", "推荐搭配", "paired"),
+    Column("Python, as pip resolves it (aarch64)", "Python（pip 解析通过，aarch64）", "resolves"),
+    Column("On a bare host", "裸机安装", "line"),
 )
 
 
 def versions(evidence: Evidence) -> list[Part]:
-    rows, lines = [], []
+    rows = []
     for row in stacks.stack_rows():
         tried = evidence.records.get("install_resolution", {}).get("resolved", [])
         found = [one["python"] for one in tried if one["cann"] == row["cann"] and one["resolves"]]
-        rows.append(row | {"resolves": f"Python {', '.join(found)}" if found else "not measured"})
-        lines.append(f"# CANN {row['cann']}\n{row['install']}")
-    return [Table(VERSIONS, rows), "```text\n" + "\n".join(lines) + "\n```"]
+        line = f"`{row['install']}`"
+        rows.append(row | {"resolves": ", ".join(found) or "not measured", "line": Text(line, line)})
+    return [Table(VERSIONS, rows)]
 
 
 WRITTEN_HERE = re.compile(r"assets/|results/git_submit")
+SCRIPTS = ("inference.py", "eval/env_check.py", "eval/eval_accuracy.py", "eval/eval_performance.py")
 DELIVERABLES = {
-    Text("Card", "模型卡"): ("README.md", "README.zh.md"),
-    Text("Requirements, locked models", "依赖与模型锁定"): ("requirements.txt", "locked_models.md"),
-    Text("Scripts", "脚本"): ("inference.py", "eval/env_check.py", "eval/eval_accuracy.py", "eval/eval_performance.py"),
-    Text("Weights", "权重"): ("weights/README.md",),
+    Text("Card and code", "模型卡与代码"): ("README.md", "requirements.txt", "locked_models.md", *SCRIPTS, "weights/README.md"),
     Text("Environment", "环境"): ("results/env_info.json", "logs/env_check.log", "assets/env_check.png"),
     Text("What is submitted", "提交内容"): ("results/git_submit.json", "assets/git_submit_result.png"),
 }
 
 
 def deliverables(evidence: Evidence) -> list[Part]:
+    """Each deliverable with its state."""
     made = {name: (f"results/{name}.json", f"logs/{name}.log", f"assets/{name}_result.png") for name in CHECKS}
     rows = []
     for what, paths in (DELIVERABLES | {CHECKS[name][0]: paths for name, paths in made.items()}).items():
@@ -309,36 +324,41 @@ def deliverables(evidence: Evidence) -> list[Part]:
 
 
 LOG_LINES = {
-    "inference": r"=== .* ===|Last hidden state shape|Pooler L2 norm|Hidden states mean L2 norm|Inference time|Throughput",
-    "accuracy_eval": r"=== Acc.* ===|(Pooler|Hidden States) (Filtered MRE|Cosine Similarity)|The error starts|Faithful|Overall",
-    "performance_eval": r"--- Batch size|Throughput|Limit:",
+    "inference": r"Last hidden state shape|Hidden states mean L2 norm|Inference time|Throughput",
+    "accuracy_eval": r"Hidden States (Filtered MRE|Cosine Similarity)|The error starts|Overall",
+    "performance_eval": r"--- Batch size|Throughput",
 }
+MOST_LINES = {"performance_eval": 2}  # the largest batch size
 
 
 def log_lines(evidence: Evidence) -> list[Part]:
     """The key lines of the logs of the results, and of an NPU that is BLOCKED."""
     lines = []
     for name, wanted in LOG_LINES.items():
-        kind = next((kind for kind in KINDS if evidence.measured(name, kind)), "npu")
-        for stem in dict.fromkeys((name, inference.result_name(name, kind))):
+        kind, found = next((kind for kind in KINDS if evidence.measured(name, kind)), "npu"), []
+        stems = dict.fromkeys((name, inference.result_name(name, kind)))
+        for stem in stems:
             path = evidence.root / "logs" / f"{stem}.log"
             text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+            if not evidence.measured(name):
+                found += re.findall(r"^.*\[ERROR\] BLOCKED: .*$", text, re.MULTILINE)[-1:]
             runs = re.split(r"^(?=.*\[INFO\] Device: \S+, .*\)$)", text, flags=re.MULTILINE)
-            found = [run for run in runs if f"Results saved to results/{stem}.json" in run][-1:]
-            blocked = [] if evidence.measured(name) else re.findall(r"^.*\[ERROR\] BLOCKED: .*$", text, re.MULTILINE)[-1:]
-            key_lines = [line for run in found for line in run.splitlines() if re.search(rf"\[INFO\] ({wanted})", line)]
+            saved = [run for run in runs if f"Results saved to results/{stem}.json" in run][-1:]
+            key_lines = [line for run in saved for line in run.splitlines() if re.search(rf"\[INFO\] ({wanted})", line)]
             key_lines = list({line[24:]: line for line in key_lines}.values())  # a verdict stands there twice
-            lines += [f"# logs/{stem}.log", *blocked, *key_lines] if blocked or key_lines else []
+            found += key_lines[-MOST_LINES.get(name, len(key_lines)) :] if key_lines else []
+        lines += [f"# {', '.join(f'logs/{stem}.log' for stem in stems)}", *found] if found else []
     return ["```text\n" + "\n".join(lines).replace("```", "") + "\n```"] if lines else [Text("not measured", "未测量")]
 
 
 def open_questions(evidence: Evidence) -> list[Part]:
     """What no result answers yet."""
-    found, npu = [], {name: evidence.measured(name) for name in CHECKS}
+    npu, reasons = {name: evidence.measured(name) for name in CHECKS}, {}
     for name, data in npu.items():
-        why = Text("the run was interrupted", "运行中断") if data else why_not(evidence, name)
         if data is None or data.get("partial"):
-            found.append(joined([CHECKS[name][0], Text("on an NPU", "NPU 上"), why], ", ", "，"))
+            why = Text("the run was interrupted", "运行中断") if data else why_not(evidence, name)
+            reasons.setdefault(why, []).append(CHECKS[name][0])
+    found = [joined([joined(names), Text("on an NPU", "NPU 上"), why], ": ", "：") for why, names in reasons.items()]
     results = [data for name in CHECKS for kind in KINDS if (data := evidence.measured(name, kind))]
     if not any(is_trained(data) for data in results):
         what = Text("Features of the trained weights", "训练权重的特征")
@@ -363,26 +383,20 @@ def is_trained(data: dict[str, Any] | None) -> bool:
 
 SIZES = (
     Column("Saved for an image", "每张图片保存", "what"),
-    Column("Bytes", "字节", "bytes", ",.0f"),
-    Column("1 million (GB)", "一百万张（GB）", "bytes", ",.1f", 1e-3),
-    Column("1 billion (TB)", "十亿张（TB）", "bytes", ",.1f", 1e-3),
+    Column("Bytes, float32", "字节，float32", "bytes", ",.0f"),
+    Column("1 million (GB), 1 billion (TB)", "一百万张（GB），十亿张（TB）", "bytes", ",.1f", 1e-3),
+    Column("In float16", "float16", "bytes", ",.1f", 0.5e-3),
 )
 
 
 def sizes(evidence: Evidence) -> list[Part]:
+    """Bytes of features, and hours at the rate of the NPU, or of what else was measured."""
     width, patches = inference.CARDS[0].width, (inference.Preprocess().image_size // inference.CARDS[0].patch_size) ** 2
     kinds = {2: Text("class and mean patch token", "类别词元与图块均值"), 2 + patches: Text("and all patches", "及全部图块")}
-    rows = [
-        {"what": joined([what, Text(dtype, dtype)]), "bytes": count * width * size}
-        for count, what in kinds.items()
-        for dtype, size in (("float32", 4), ("float16", 2))
-    ]
+    rows = [{"what": what, "bytes": 4 * width * count} for count, what in kinds.items()]
     rates = device_table(evidence, "performance_eval", end_to_end.SCALE_COLUMNS, end_to_end.scale_rows)
-    note = Text(
-        "Hours on 8 and 64 devices are reckoned as so many times the rate of one; that was not measured.",
-        "8 卡和 64 卡的小时数按单卡速率的倍数推算，并未实测。",
-    )
-    return [Table(SIZES, rows), *([*rates, note] if rates else [])]
+    first = [table._replace(rows=[row for row in table.rows if row["_device"] == table.rows[0]["_device"]]) for table in rates]
+    return [Table(SIZES, rows), *first]
 
 
 TABLES: dict[str, Callable[[Evidence], list[Part]]] = {
