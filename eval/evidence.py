@@ -154,7 +154,7 @@ def details_page(evidence: Evidence) -> str:
     parts += ["## Machine", machine(evidence)]
     shown = set()
     for name, heading, columns, rows_of in DETAILS:
-        found = tables.device_table(evidence, name, columns, rows_of, whole=heading in ("Outputs", "Batch sizes"))
+        found = tables.device_table(evidence, name, columns, rows_of, published=heading in ("Outputs", "Batch sizes"))
         if found:
             made = [] if name in shown else tables.sources(evidence, name)
             parts += [f"## {heading}", *([NOTES[heading]] if heading in NOTES else []), *made, *found]
@@ -221,7 +221,7 @@ def splice(text: str, name_of_file: str, blocks: dict[str, str]) -> str:
         )
     lines, result, end = text.split("\n"), [], 0
     for name, (opened, closed) in places.items():
-        result += [*lines[end : opened + 1], *blocks[name].split("\n"), ""]
+        result += [*lines[end : opened + 1], *blocks[name].lstrip("\n").split("\n"), ""]
         end = closed
     return "\n".join(result + lines[end:])
 

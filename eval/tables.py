@@ -211,7 +211,7 @@ def audit_performance(data: dict[str, Any], published: dict[str, Any] | None) ->
 
 
 CHECKS = {
-    "inference": (Text("NPU inference", "NPU 推理"), audit_inference),
+    "inference": (Text("Inference", "推理"), audit_inference),
     "accuracy_eval": (Text("Accuracy", "精度"), audit_accuracy),
     "performance_eval": (Text("Performance", "性能"), audit_performance),
 }
@@ -266,7 +266,7 @@ def performance(evidence: Evidence) -> list[Part]:
     """The smallest batch size, and the one with the best throughput."""
     keys = ("batch_size", "p50_s", "throughput_img_s", "memory_mb", "share_of_limit_percent", "remarks")
     note = Text(
-        "The smallest and the fastest batch size. P50: median time of a batch. Limit: the rate of the model's matrix products alone.",
+        "The smallest and the fastest batch size. P50: median time of a batch. Limit: the rate of its matrix products alone.",
         "仅列最小批与最快批。P50：每批耗时的中位数。上限：仅做模型矩阵乘的速率。",
     )
 
@@ -301,7 +301,7 @@ SCRIPTS = ("inference.py", "eval/env_check.py", "eval/eval_accuracy.py", "eval/e
 DELIVERABLES = {
     Text("Card and code", "模型卡与代码"): ("README.md", "requirements.txt", "locked_models.md", *SCRIPTS, "weights/README.md"),
     Text("Environment", "环境"): ("results/env_info.json", "logs/env_check.log", "assets/env_check.png"),
-    Text("What is submitted", "提交内容"): ("results/git_submit.json", "assets/git_submit_result.png"),
+    Text("List of files", "文件清单"): ("results/git_submit.json", "assets/git_submit_result.png"),
 }
 
 
@@ -324,8 +324,8 @@ def deliverables(evidence: Evidence) -> list[Part]:
 
 
 LOG_LINES = {
-    "inference": r"Last hidden state shape|Hidden states mean L2 norm|Inference time|Throughput",
-    "accuracy_eval": r"Hidden States (Filtered MRE|Cosine Similarity)|The error starts|Overall",
+    "inference": r"Last hidden state shape|Pooler L2 norm|Inference time|Throughput",
+    "accuracy_eval": r"Hidden States (Filtered MRE|Cosine Similarity)|Overall",
     "performance_eval": r"--- Batch size|Throughput",
 }
 MOST_LINES = {"performance_eval": 2}  # the largest batch size
@@ -358,7 +358,8 @@ def open_questions(evidence: Evidence) -> list[Part]:
         if data is None or data.get("partial"):
             why = Text("the run was interrupted", "运行中断") if data else why_not(evidence, name)
             reasons.setdefault(why, []).append(CHECKS[name][0])
-    found = [joined([joined(names), Text("on an NPU", "NPU 上"), why], ": ", "：") for why, names in reasons.items()]
+    reasons = [(why, joined(names)) for why, names in reasons.items()]
+    found = [Text(f"On an NPU: {what.en}: {why.en}", f"NPU 上：{what.zh}：{why.zh}") for why, what in reasons]
     results = [data for name in CHECKS for kind in KINDS if (data := evidence.measured(name, kind))]
     if not any(is_trained(data) for data in results):
         what = Text("Features of the trained weights", "训练权重的特征")
