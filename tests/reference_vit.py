@@ -41,10 +41,8 @@ def forward(weights: Mapping[str, np.ndarray], pixels: np.ndarray, heads: int, e
     for layer in range(layers):
         prefix = f"encoder.layer.{layer}"
         normed = norm(tokens, f"{prefix}.layernorm_before")
-        query, key, value = (
-            linear(normed, f"{prefix}.attention.attention.{part}").reshape(count, -1, heads, width // heads).transpose(0, 2, 1, 3)
-            for part in ("query", "key", "value")
-        )
+        projected = (linear(normed, f"{prefix}.attention.attention.{part}") for part in ("query", "key", "value"))
+        query, key, value = (part.reshape(count, -1, heads, width // heads).transpose(0, 2, 1, 3) for part in projected)
         scores = query @ key.transpose(0, 1, 3, 2) / math.sqrt(width // heads)
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         attention = (scores / scores.sum(-1, keepdims=True)) @ value

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from conftest import ROOT, SAMPLES, run_script
 
 WHEELS = Path(os.environ.get("TORCH_NPU_WHEELS", "/nonexistent"))

@@ -10,8 +10,9 @@ import threading
 
 import pytest
 import torch
-from conftest import TESTS
 from torch.nn.functional import conv2d, gelu, layer_norm, linear, scaled_dot_product_attention
+
+from conftest import TESTS
 
 VALUES = torch.linspace(-4, 4, 64)
 BIG = 1 << 20  # float32 values that exceed the limits set below
