@@ -18,8 +18,9 @@ TESTS = ROOT / "tests"
 SAMPLES = ROOT / "assets" / "samples"
 sys.path[:0] = [str(ROOT), str(ROOT / "eval"), str(TESTS)]
 
-import inference  # noqa: E402  (sets the environment variable that must precede torch)
-import torch  # noqa: E402
+import torch
+
+import inference
 
 TINY = {
     "hidden_size": 128,
@@ -83,16 +84,17 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_native(tmp_path_factory, tiny_folder) -> Path:
-    """The same weights as Meta's native .pth: timm's names, query, key and value stacked, no pooler."""
+    """The same weights as Meta's native .pth: timm's names, query, key and value stacked, no pooler; its heads beside it."""
     from safetensors.torch import load_file
 
     path = tmp_path_factory.mktemp("native") / "tiny.pth"
     torch.save(to_native_names(load_file(tiny_folder / "model.safetensors")), path)
     (path.parent / "preprocessor_config.json").write_text(json.dumps(TINY_PREPROCESS))
+    (path.parent / "config.json").write_text(json.dumps({"num_attention_heads": TINY["num_attention_heads"]}))
     return path
 
 
-def to_native_names(hub: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_native_names(hub: dict[str, torch.Tensor], layers: int = TINY["num_hidden_layers"]) -> dict[str, torch.Tensor]:
     native = {
         "cls_token": hub["embeddings.cls_token"],
         "pos_embed": hub["embeddings.position_embeddings"],
@@ -101,7 +103,7 @@ def to_native_names(hub: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "norm.weight": hub["layernorm.weight"],
         "norm.bias": hub["layernorm.bias"],
     }
-    for layer in range(TINY["num_hidden_layers"]):
+    for layer in range(layers):
         old, new = f"encoder.layer.{layer}", f"blocks.{layer}"
         for leaf in ("weight", "bias"):
             stacked = [hub[f"{old}.attention.attention.{part}.{leaf}"] for part in ("query", "key", "value")]
@@ -127,10 +129,15 @@ def tiny(cpu, tiny_folder) -> inference.LoadedModel:
 @pytest.fixture
 def npu() -> Iterator:
     """The simulated NPU, in its initial state."""
-    simulator = pytest.importorskip("npu_simulator", reason="this torch cannot register a device from Python", exc_type=ImportError)
+    simulator = pytest.importorskip(
+        "npu_simulator", reason="this torch cannot register a device from Python", exc_type=ImportError
+    )
     simulator.install()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     yield simulator
     simulator.reset()
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fills
     sys.modules.pop("torch_npu", None)
 
 
@@ -148,7 +155,8 @@ def run(tmp_path, capsys) -> Callable[..., SimpleNamespace]:
         terminal = capsys.readouterr().err
         found = sorted(results.glob(f"{name}*.json")) if results.is_dir() else []
         result = json.loads(found[-1].read_text()) if found else None
-        return SimpleNamespace(code=code, terminal=terminal, log=log.read_text() if log.exists() else "", result=result, folder=results)
+        logged = log.read_text() if log.exists() else ""
+        return SimpleNamespace(code=code, terminal=terminal, log=logged, result=result, folder=results)
 
     return run_main
 
@@ -162,4 +170,6 @@ def script_environment(**variables: str) -> dict[str, str]:
 def run_script(*arguments: object, root: Path = ROOT, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess:
     """Run a script of the bundle as a process of its own."""
     command = [sys.executable, str(root / str(arguments[0])), *map(str, arguments[1:])]
-    return subprocess.run(command, env=script_environment(**variables), capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command, env=script_environment(**variables), capture_output=True, text=True, timeout=timeout, check=False
+    )

@@ -6,9 +6,11 @@ import importlib.metadata
 import importlib.util
 import sys
 
-import inference
+import numpy as np
 import pytest
 import torch
+
+import inference
 from conftest import SAMPLES, TESTS, run_script
 from inference import Blocked, UsageError, open_device
 
@@ -18,7 +20,9 @@ PHOTO = SAMPLES / "chelsea.jpg"
 @pytest.fixture
 def no_torch_npu(monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch_npu" else find_spec(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torch_npu" else find_spec(name, *rest)
+    )
     monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
 
 
@@ -64,10 +68,10 @@ def test_auto_takes_an_npu_where_there_is_one(npu):
 def test_a_blocked_device_ends_with_3_and_one_line_on_terminal_and_in_the_log(run, no_torch_npu):
     done = run("--image_path", PHOTO, "--device", "npu")
     assert done.code == 3
-    assert done.terminal.startswith("BLOCKED: torch_npu is not installed. ")
-    assert len(done.terminal.splitlines()) == 1
+    assert done.terminal.splitlines()[-1].startswith("BLOCKED: torch_npu is not installed. ")
+    assert done.terminal.count("BLOCKED") == 1
     assert "[ERROR] BLOCKED: torch_npu is not installed. " in done.log
-    assert done.result is None
+    assert (done.result["status"], done.result["reason"]) == ("BLOCKED", "torch_npu is not installed")
 
 
 def test_blocked_when_torch_and_torch_npu_do_not_match(npu, monkeypatch):
@@ -81,9 +85,11 @@ def test_blocked_when_torch_and_torch_npu_do_not_match(npu, monkeypatch):
     ("statement", "answer"),
     [
         ("raise ImportError('libhccl.so: cannot open shared object file: No such file or directory')", r"CANN .*set_env\.sh"),
-        ("raise RuntimeError('Two accelerators cannot be used at the same time in PyTorch: npu and cuda')", "CPU build of torch"),
-        ("raise ImportError('torch_npu/lib.so: undefined symbol: _ZN2at')", "versions that go together"),
-        ("raise OSError('something new')", r"cannot be imported \(something new\).*env_check\.py"),
+        ("raise RuntimeError('Two accelerators cannot be used at the same time: npu and cuda')", "CPU build of torch"),
+        ("raise ImportError('torch_npu/lib.so: undefined symbol: _ZN2at')", r"does not fit .*recommended pair: eval/env_check"),
+        ("raise OSError('something new')", r"cannot be used \(something new\).*env_check\.py"),
+        # CANN is half there: the library loads, and what torch_npu does on import fails
+        ("raise RuntimeError('Initialize: error code is 507899\\n[Error]: internal')", r"cannot be used .*507899\).*env_check"),
     ],
 )
 def test_blocked_when_torch_npu_fails_to_import(broken_torch_npu, statement, answer):
@@ -110,6 +116,50 @@ def test_a_cpu_run_ignores_a_torch_npu_that_cannot_load(tmp_path, tiny_folder):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("version", ["7.3", "26"])
+def test_blocked_when_canns_compiler_cannot_start(npu, version):
+    npu.machine.version = version
+    npu.machine.faults |= {"compiler_broken", "internal_formats"}
+    if version == "26":  # it starts the compiler late, for operators that this bundle keeps off
+        assert open_device("npu").kind == "npu"
+        return
+    with pytest.raises(Blocked) as blocked:
+        open_device("npu")
+    assert blocked.value.reason.startswith("CANN's compiler cannot start (call: NPU function error: ")
+    assert "error code is 500001" in blocked.value.reason
+    for package in ("numpy<2", "decorator", "attrs", "psutil", "scipy", "protobuf", "sympy", "cffi", "~/ascend/log"):
+        assert package in blocked.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("is_available", RuntimeError("aclInit failed")),
+        ("device_count", OSError("libruntime is cut")),
+        ("set_device", RuntimeError("error code is 507033")),
+        ("synchronize", RuntimeError("error code is 507018")),
+        ("get_device_name", AttributeError("no such thing")),
+    ],
+)
+def test_whatever_fails_while_the_npu_is_opened_is_blocked_with_its_reason(npu, monkeypatch, call, error):
+    def fail(*_arguments):
+        raise error
+
+    monkeypatch.setattr(type(npu.module), call, fail)
+    with pytest.raises(Blocked, match=rf"\({error}\)\. \w+ .*") as blocked:
+        open_device("npu")
+    assert blocked.value.remedy
+
+
+@pytest.mark.parametrize(("visible", "order"), [("1,0", "0,1"), ("3,3,2", "2,3"), ("7, 5", "5,7")])
+def test_blocked_when_the_visible_devices_do_not_ascend(npu, monkeypatch, visible, order):
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", visible)
+    with pytest.raises(Blocked, match=rf"ASCEND_RT_VISIBLE_DEVICES={visible} is not in ascending order.*Set it to {order}$"):
+        open_device("npu")
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", order)
+    assert open_device("npu").kind == "npu"
+
+
 def test_blocked_when_no_npu_is_visible(npu, monkeypatch):
     npu.module.devices = 0
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "7")
@@ -118,7 +168,7 @@ def test_blocked_when_no_npu_is_visible(npu, monkeypatch):
 
 
 def test_blocked_when_the_index_is_past_the_last_npu(npu):
-    with pytest.raises(Blocked, match=r"there is no npu:3: torch_npu sees 1 NPU"):
+    with pytest.raises(Blocked, match=r"there is no npu:3: torch sees 1 NPU"):
         open_device("npu:3")
 
 
@@ -172,8 +222,10 @@ def test_tf32_is_off_unless_asked_for():
     before = [flag.fp32_precision for flag in flags]
     try:
         for allow, precision in ((False, "ieee"), (True, "tf32")):
-            inference.set_float32_precision("cuda", allow)
+            inference.set_float32_precision("cuda", allow, allow)
             assert [flag.fp32_precision for flag in flags] == [precision, precision]
+        inference.set_float32_precision("cuda", True, False)
+        assert [flag.fp32_precision for flag in flags] == ["tf32", "ieee"]
     finally:
         for flag, value in zip(flags, before, strict=True):
             flag.fp32_precision = value
@@ -182,8 +234,97 @@ def test_tf32_is_off_unless_asked_for():
 def test_the_result_and_the_log_say_whether_float32_is_rounded(npu, run, tiny_folder):
     for flags, allowed, text in (([], False, "true float32"), (["--allow_hf32"], True, "rounded where the device can")):
         done = run("--image_path", PHOTO, "--model_path", tiny_folder, "--device", "npu", *flags)
-        assert (done.code, done.result["allow_hf32"]) == (0, allowed)
+        assert (done.code, done.result["allow_hf32"], done.result["strict_float32"]) == (0, allowed, not allowed)
         assert text in done.log
+
+
+def test_float16_that_saturates_is_refused(npu, run, tiny_folder, monkeypatch):
+    monkeypatch.setenv("INF_NAN_MODE_FORCE_DISABLE", "1")
+    common = ("--image_path", PHOTO, "--model_path", tiny_folder, "--device", "npu", "--dtype")
+    done = run(*common, "float16")
+    assert done.code == 2
+    assert done.terminal.startswith("error: INF_NAN_MODE_FORCE_DISABLE=1 lets float16 saturate")
+    done = run(*common, "float32")
+    assert (done.code, done.result["environment"]["INF_NAN_MODE_FORCE_DISABLE"]) == (0, "1")
+    monkeypatch.setenv("INF_NAN_MODE_FORCE_DISABLE", "0")
+    assert run(*common, "float16").code == 0
+
+
+def features_of(tiny_folder, run, tmp_path, *flags):
+    done = run(
+        *("--image_path", PHOTO, "--model_path", tiny_folder, "--device", "npu"),
+        *("--output", tmp_path / "f.npz", "--save_patch_tokens", *flags),
+    )
+    assert (done.code, done.result["deterministic"]) == (0, "--deterministic" in flags), done.terminal
+    return np.load(tmp_path / "f.npz")["patch_tokens"]
+
+
+@pytest.mark.parametrize("execution", ["eager", "graph"])
+def test_deterministic_gives_the_same_bits_on_a_device_that_does_not(npu, run, tiny_folder, tmp_path, execution):
+    flags = ("--execution", execution)
+    npu.machine.faults.add("nondeterministic")
+    asked = [features_of(tiny_folder, run, tmp_path, "--deterministic", *flags) for _ in range(3)]
+    torch.use_deterministic_algorithms(False)
+    npu.install()  # as in a new process
+    npu.machine.faults.add("nondeterministic")
+    plain = [features_of(tiny_folder, run, tmp_path, *flags) for _ in range(3)]
+    assert np.array_equal(asked[0], asked[1]) and np.array_equal(asked[0], asked[2])
+    assert not (np.array_equal(plain[0], plain[1]) and np.array_equal(plain[0], plain[2]))
+
+
+def test_determinism_does_not_fill_every_new_tensor(npu):
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    open_device("npu", deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory is False
+
+
+# --- out of memory ---
+
+
+def raised_within(inner: Exception, outer: Exception) -> Exception:
+    """`outer`, raised while `inner` was on its way, as the end of a capture does."""
+    try:
+        try:
+            raise inner
+        finally:
+            raise outer
+    except type(outer) as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("NPU out of memory. Tried to allocate 2.00 MiB (NPU 0; 61.28 GiB total capacity)"),
+        RuntimeError("NPU out of memory. NPUWorkspaceAllocator tried to allocate 32.00 MiB"),
+        torch.OutOfMemoryError("anything"),
+        MemoryError(),
+        RuntimeError("could not create a memory object"),  # oneDNN's
+        raised_within(torch.OutOfMemoryError("x"), RuntimeError("AclmdlRICaptureEnd, error code is 507903")),
+        raised_within(raised_within(MemoryError(), OSError()), RuntimeError("error code is 507903")),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_is_known_by_any_of_its_names(error):
+    assert inference.is_out_of_memory(error)
+
+
+def test_the_cpus_own_words_for_out_of_memory_are_known():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert inference.is_out_of_memory(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("shapes do not fit"), ValueError("out of memory"), raised_within(OSError("x"), RuntimeError("y")), None],
+)
+def test_other_errors_are_no_lack_of_memory(error):
+    assert not inference.is_out_of_memory(error)
+
+
+# --- the device in use ---
 
 
 def test_synchronize_waits_for_what_is_queued(npu):
@@ -201,7 +342,8 @@ def test_a_script_runs_end_to_end_on_the_simulated_npu(tmp_path, tiny_folder):
     (tmp_path / "torch_npu.py").write_text("import npu_simulator\n\nnpu_simulator.install()\n")
     flags = ["--output_log", tmp_path / "log", "--results_dir", tmp_path, "--output", tmp_path / "features.npz"]
     path = f"{tmp_path}:{TESTS}"
-    done = run_script("inference.py", "--image_path", PHOTO, "--model_path", tiny_folder, "--device", "npu", *flags, PYTHONPATH=path)
+    flags += ["--image_path", PHOTO, "--model_path", tiny_folder, "--device", "npu"]
+    done = run_script("inference.py", *flags, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert "Device: npu:0, simulated NPU (CPU) (asked for with --device npu)" in done.stderr
     assert (tmp_path / "inference.json").is_file()
