@@ -1,8 +1,7 @@
 """Draws results/ into assets/*.png; evidence.py runs it.
 
-Each arithmetic has one colour on every panel, and the bar one that no series has. Words in a picture are names, keys and units
-of the files, so that it serves a page in any language. It carries the digest of its sources, and is drawn again only when they
-have changed.
+Each arithmetic has one colour on every panel, and the bar one that no series has. Words in a picture are the files' names, keys
+and units, so that it serves a page in any language. It carries the digest of its sources, and is drawn anew when they change.
 """
 
 from __future__ import annotations
@@ -189,8 +188,8 @@ def draw_trade(axes: Axes, sweep: Sequence[dict[str, Any]]) -> None:
     """Error of the output against images a second."""
     rows = [row for row in sweep if row.get("relative_l2_error") is not None]
     for row in rows:
-        error = max(row["relative_l2_error"], FLOOR)
-        axes.plot(row["throughput_img_s"], error, "o", color=colour_of(row["arithmetic"]), markersize=16)
+        where = row["throughput_img_s"], max(row["relative_l2_error"], FLOOR)
+        axes.plot(*where, "o", color=colour_of(row["arithmetic"]), markersize=16)
     if rows:
         axes.set_xlim(0, 1.15 * max(row["throughput_img_s"] for row in rows))
     axes.set_xlabel("img/s")
@@ -287,7 +286,7 @@ def draw_environment(evidence: Evidence) -> Image.Image:
 def draw_layer(axes: Axes, column: int, height: int, layer: str, version: str | None, colour: str) -> None:
     """A box with a layer's name and version; a hollow red one where it is missing."""
     colour = colour if version else BAD
-    text = shortened(version.removeprefix("/usr/local/Ascend/"), 26) if version else "✗"
+    text = version.removeprefix("/usr/local/Ascend/")[:28] if version else "✗"
     draw_box(axes, column + 0.04, height + 0.06, 0.92, 0.88, colour, hollow=not version)
     axes.text(column + 0.5, height + 0.68, layer, ha="center", va="center", fontsize=13, color=colour, weight="bold")
     axes.text(column + 0.5, height + 0.32, text, ha="center", va="center", fontsize=11)
@@ -298,10 +297,6 @@ def draw_box(axes: Axes, left: float, low: float, width: float, height: float, c
 
     fill, line = ("none", "--") if hollow else (colour + "30", "-")
     axes.add_patch(Rectangle((left, low), width, height, edgecolor=colour, facecolor=fill, linestyle=line, linewidth=1.5))
-
-
-def shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 # --- what is submitted ---
@@ -352,7 +347,7 @@ def draw_file(axes: Axes, column: int, row: float, line: str, size: int | None, 
     if line.endswith("/"):
         axes.text(column + 0.02, row, line, fontsize=12, weight="bold", va="center")
         return
-    axes.text(column + 0.06, row, shortened(Path(line).name, 34), fontsize=12, va="center", color=colour)
+    axes.text(column + 0.06, row, Path(line).name, fontsize=12, va="center", color=colour)
     width = 0.1 if size is None else 0.035 * math.log10(max(size, 1))
     draw_box(axes, column + 0.6, row - 0.25, width, 0.5, colour, hollow=size is None)
     if size:

@@ -241,14 +241,15 @@ def short_table(evidence: Evidence, name: str, columns: Sequence[Column], rows_o
     """A table for a README: the NPU first, also where it has no result, and below what must be known to read it."""
     [table] = device_table(evidence, name, columns, rows_of) or [Table([Column("Device", "设备", "_device"), *columns], [])]
     if not evidence.measured(name):
-        table.rows.insert(0, {"_device": Text("NPU", "NPU"), columns[0].key: why_not(evidence, name)})
+        why = Text("**BLOCKED**", "**BLOCKED**") if evidence.blocked(name) else Text("not measured", "未测量")
+        table.rows.insert(0, {"_device": Text("NPU", "NPU"), columns[0].key: why})  # the reason stands in the audit
     return [table, joined([note, *sources(evidence, name)], "\n", "\n")]
 
 
 def accuracy(evidence: Evidence) -> list[Part]:
     """The outputs that the card names."""
     keys = ("label", "relative_error.filtered_mean_relative_error", "cosine_similarity", "relative_l2_error")
-    columns = pick(eval_accuracy.OUTPUT_COLUMNS, *keys, "worst_token_relative_l2_error", "float64_relative_l2_error", "verdict")
+    columns = pick(eval_accuracy.OUTPUT_COLUMNS, *keys, "worst_token_relative_l2_error", "verdict")
     names = [eval_accuracy.LABELS[name] for name in ("pooler_output", "last_hidden_state")]
     note = Text(
         "Filtered MRE: mean relative error without elements below a tenth of the RMS. Worst token: the largest of the single "
@@ -278,22 +279,21 @@ def performance(evidence: Evidence) -> list[Part]:
     return short_table(evidence, "performance_eval", pick(eval_performance.ROW_COLUMNS, *keys), rows_of, note)
 
 
-VERSIONS = (
-    *(Column(name, name, name.lower()) for name in ("CANN", "torch_npu")),
-    Column("Recommended", "推荐搭配", "paired"),
-    Column("Python, as pip resolves it (aarch64)", "Python（pip 解析通过，aarch64）", "resolves"),
-    Column("On a bare host", "裸机安装", "line"),
-)
-
-
 def versions(evidence: Evidence) -> list[Part]:
-    rows = []
+    """The whole line for a bare host, by CANN, with what else is recommended there and where pip was asked."""
+    lines = []
+    tried = evidence.records.get("install_resolution", {}).get("resolved", [])
     for row in stacks.stack_rows():
-        tried = evidence.records.get("install_resolution", {}).get("resolved", [])
-        found = [one["python"] for one in tried if one["cann"] == row["cann"] and one["resolves"]]
-        line = f"`{row['install']}`"
-        rows.append(row | {"resolves": ", ".join(found) or "not measured", "line": Text(line, line)})
-    return [Table(VERSIONS, rows)]
+        pythons = ", ".join(one["python"] for one in tried if one["cann"] == row["cann"] and one["resolves"]) or "-"
+        stack = f"# CANN {row['cann']} (torch_npu {row['paired']})"
+        lines.append(
+            Text(
+                f"{stack}; pip resolves it on aarch64 for Python {pythons}\n{row['install']}",
+                f"{stack}；pip 在 aarch64 上可解析：Python {pythons}\n{row['install']}",
+            )
+        )
+    found = joined(lines, "\n", "\n")
+    return [Text(f"```text\n{found.en}\n```", f"```text\n{found.zh}\n```")]
 
 
 WRITTEN_HERE = re.compile(r"assets/|results/git_submit")
@@ -314,9 +314,9 @@ def deliverables(evidence: Evidence) -> list[Part]:
         lacking = ", ".join(path for path in paths if path not in there)
         state = Text(f"missing: {lacking}", f"缺少：{lacking}") if lacking else Text("present", "已有")
         for name in (name for name in made if made[name] == paths):
-            devices = [label_of(data) for kind in KINDS if (data := evidence.measured(name, kind))]
-            state = why_not(evidence, name) if not evidence.measured(name) else state
-            state = joined([state, joined(devices, "; ", "；")], "; measured: ", "；已测量：") if devices else state
+            devices = [Text(KINDS[kind], KINDS[kind]) for kind in KINDS if evidence.measured(name, kind)]
+            state = Text("**BLOCKED**", "**BLOCKED**") if evidence.blocked(name) else state
+            state = joined([state, joined(devices)], "; measured: ", "；已测量：") if devices else state
         links = ", ".join(f"[{Path(path).name}]({path})" for path in there)
         rows.append({"what": what, "files": Text(links, links), "state": state})
     columns = [Column("Deliverable", "交付项", "what"), Column("Files", "文件", "files"), Column("State", "状态", "state")]
