@@ -46,9 +46,8 @@ from datetime import timedelta
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-import numpy as np
-
 import inference
+import numpy as np
 from inference import BadImage, Device, Encoder, LoadedModel, Preprocess, Unreadable, UsageError, log, rank_of, stopping, torch
 
 TEXTS = ("caption", "url", "key")

@@ -17,12 +17,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import inference
 import numpy as np
+from inference import Column, Encoder, LoadedModel, UsageError, log, time_once, torch
 from PIL import Image, ImageOps
 
 import embed
-import inference
-from inference import Column, Encoder, LoadedModel, UsageError, log, time_once, torch
 
 FEATURES = ("class_token", "mean_patch_token")
 FIXED_SHARE = 0.05  # of a turn over a folder, at most, where the turn is long enough

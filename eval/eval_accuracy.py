@@ -28,11 +28,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import inference  # first of all: it sets what must precede torch
 import numpy as np
+from inference import Column, Device, LoadedModel, UsageError, log, torch
 from PIL import Image
 
-import inference  # first of all: it sets what must precede torch
-from inference import Column, Device, LoadedModel, UsageError, log, torch
 from measures import (
     FAITHFUL,
     FORMULAS,

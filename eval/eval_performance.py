@@ -34,12 +34,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-
 import inference
+import numpy as np
+from inference import Column, Encoder, LoadedModel, UsageError, log, time_once, torch
+
 import npu_watch
 from end_to_end import FEATURES, FIXED_SHARE, SAMPLES, log_end_to_end, measure_end_to_end, run_child
-from inference import Column, Encoder, LoadedModel, UsageError, log, time_once, torch
 
 UNSTEADY = 0.10  # a spread of times, (max - min) / median, beyond which something else was at work on the machine
 SETTLED = 0.05  # warm-up ends when two runs in a row differ by less
@@ -685,7 +685,7 @@ def make_parser() -> inference.ArgumentParser:
     add("--end_to_end", type=number, metavar="N", help="also measure a cold start and a folder of N photos")
     sizes = "their sizes (default: 0.2 12)"
     add("--megapixels", nargs=2, type=positive_float, default=[0.2, 12], metavar=("LOW", "HIGH"), help=sizes)
-    length = f"of a turn through the folder (default: until fixed costs are {FIXED_SHARE:.0%} of it)"
+    length = f"of a turn through the folder (default: until fixed costs are {FIXED_SHARE:.0%}% of it)"
     add("--turn_seconds", type=positive_float, metavar="S", help=length)
     add("--compare", metavar="FILE", help="an earlier result to compare with (default on an NPU: the published run)")
     inference.add_model_arguments(parser)

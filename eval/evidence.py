@@ -26,16 +26,17 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import inference
+from inference import Column, UsageError, log
+
 import end_to_end
 import eval_accuracy
 import eval_performance
-import inference
 import pictures
 import stages
 import tables
 import tune
 import worth
-from inference import Column, UsageError, log
 from tables import CHECKS, KINDS, PUBLISHED, Part, Table
 
 RUN = "python eval/evidence.py"

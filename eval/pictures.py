@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import inference
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 import eval_accuracy
-import inference
 import stacks
 from tables import CHECKS, KINDS, PUBLISHED, blaming
 

@@ -10,6 +10,7 @@ Exit codes: 0 each stack resolves; 1 one does not; 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -276,6 +277,7 @@ def resolve(stack: Stack, python: str) -> dict[str, Any]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     outcomes = []
     for stack in STACKS:
         for python in stack.python:

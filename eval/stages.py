@@ -14,10 +14,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-
 import inference  # first of all: it sets what must precede torch
+import numpy as np
 from inference import Column, Device, LoadedModel, log, torch
+
 from measures import finite_or_null, is_at_fault, relative_l2, token_errors
 
 STAGE_IMAGES = 2  # every state of every block is kept in memory

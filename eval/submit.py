@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import evidence
 import inference
-import tables
 from inference import UsageError
+
+import evidence
+import tables
 
 SAMPLES = "assets/samples"
 

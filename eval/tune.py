@@ -35,11 +35,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-
 import inference  # first of all: it sets what must precede torch
-from eval_performance import FEATURES, inputs, keeping, positive_float, sample_crops, warm_up
+import numpy as np
 from inference import Column, Device, Encoder, LoadedModel, log, time_once, torch
+
+from eval_performance import FEATURES, inputs, keeping, positive_float, sample_crops, warm_up
 
 FAITHFUL = 1e-5  # the bar for float32 itself, eval_accuracy.py's
 START_UP_S = 120.0  # what a child's imports may take besides

@@ -11,11 +11,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import inference  # first of all: it sets what must precede torch
 import numpy as np
+from inference import Column, LoadedModel, log, torch
 from PIL import Image, ImageOps
 
-import inference  # first of all: it sets what must precede torch
-from inference import Column, LoadedModel, log, torch
 from measures import LABELS, relative_l2
 from stages import PLAIN, Arithmetic, outputs_of
 

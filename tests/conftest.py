@@ -18,9 +18,8 @@ TESTS = ROOT / "tests"
 SAMPLES = ROOT / "assets" / "samples"
 sys.path[:0] = [str(ROOT), str(ROOT / "eval"), str(TESTS)]
 
-import torch
-
 import inference
+import torch
 
 TINY = {
     "hidden_size": 128,

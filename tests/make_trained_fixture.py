@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+import inference
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import inference
 from conftest import SAMPLES, TINY_PREPROCESS
 
 FOLDER = Path(__file__).resolve().parent / "data" / "trained_vit"

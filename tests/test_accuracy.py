@@ -9,12 +9,12 @@ import re
 import sys
 from pathlib import Path
 
+import inference
 import numpy as np
 import pytest
 import torch
 
 import eval_accuracy
-import inference
 import measures
 import stages
 import worth

@@ -6,13 +6,13 @@ import importlib.metadata
 import importlib.util
 import sys
 
+import inference
 import numpy as np
 import pytest
 import torch
-
-import inference
-from conftest import SAMPLES, TESTS, run_script
 from inference import Blocked, UsageError, open_device
+
+from conftest import SAMPLES, TESTS, run_script
 
 PHOTO = SAMPLES / "chelsea.jpg"
 

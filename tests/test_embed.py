@@ -20,16 +20,16 @@ from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
+import inference
 import numpy as np
 import pytest
 import torch
+from inference import Preprocess, Unreadable, UsageError
 from PIL import Image
 
 import embed
-import inference
 from conftest import ROOT, SAMPLES, TESTS, TINY, run_script, script_environment
 from embed import ImageList, list_images, read_crop
-from inference import Preprocess, Unreadable, UsageError
 
 SIZE = TINY["hidden_size"]
 EXTRA = {"index", "path", "size", "mtime", "failed_index", "failed_path", "failed_reason", "made_with", "made_from"}

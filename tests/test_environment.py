@@ -19,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import inference
 import pytest
 import torch
 
 import env_check
-import inference
 import stacks
 from conftest import ROOT, SAMPLES, TINY, run_script, save_checkpoint
 

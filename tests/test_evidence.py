@@ -11,13 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import inference
 import numpy as np
 import pytest
 from PIL import Image
 
 import eval_accuracy
 import evidence
-import inference
 import pictures
 import tables
 from conftest import ROOT

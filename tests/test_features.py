@@ -9,14 +9,14 @@ import threading
 import time
 from pathlib import Path
 
+import inference
 import numpy as np
 import pytest
 import torch
+from inference import LEVERS, Encoder, UsageError, load_model, open_device
 from PIL import Image
 
-import inference
 from conftest import SAMPLES, TINY
-from inference import LEVERS, Encoder, UsageError, load_model, open_device
 
 PHOTO = SAMPLES / "chelsea.jpg"
 PHOTOS = [SAMPLES / name for name in ("astronaut.jpg", "chelsea.jpg", "coffee.jpg", "moon.png")]

@@ -11,14 +11,14 @@ import struct
 import zlib
 from pathlib import Path
 
+import inference
 import numpy as np
 import pytest
 import torch
+from inference import BadImage, Preprocess, Unreadable, UsageError, crop_uint8, decode, normalize, read_bytes, read_preprocess
 from PIL import Image, ImageOps
 
-import inference
 from conftest import SAMPLES, TINY_PREPROCESS
-from inference import BadImage, Preprocess, Unreadable, UsageError, crop_uint8, decode, normalize, read_bytes, read_preprocess
 
 PHOTOS = sorted(path for path in SAMPLES.iterdir() if path.suffix in (".jpg", ".png"))
 DEFAULTS = Preprocess()

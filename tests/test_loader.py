@@ -10,15 +10,15 @@ import sys
 import zipfile
 from types import SimpleNamespace
 
+import inference
 import numpy as np
 import pytest
 import torch
+from inference import UsageError, load_model
 from safetensors.torch import load_file, save_file
 
-import inference
 import reference_vit
 from conftest import ROOT, SAMPLES, TINY, TINY_PREPROCESS, save_checkpoint, script_environment, tiny_model, to_native_names
-from inference import UsageError, load_model
 
 PHOTO = SAMPLES / "chelsea.jpg"
 

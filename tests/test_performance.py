@@ -10,6 +10,7 @@ import stat
 import time
 from types import SimpleNamespace
 
+import inference
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import end_to_end
 import eval_performance
-import inference
 import npu_watch
 from conftest import SAMPLES, TESTS, TINY
 from eval_performance import compare_rows, flop_per_image, matrix_products, median_interval, runs_for, summarize, warm_up

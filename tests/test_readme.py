@@ -14,10 +14,10 @@ import sys
 import tarfile
 from pathlib import Path
 
+import inference
 import numpy as np
 import pytest
 
-import inference
 from conftest import ROOT, SAMPLES
 
 READMES = ("README.md", "README.zh.md")

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import inference
 import numpy as np
 import pytest
 import torch
 
-import inference
 from conftest import ROOT, SAMPLES, TINY, run_script, script_environment
 
 PHOTO = SAMPLES / "chelsea.jpg"

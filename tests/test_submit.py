@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import inference
 import pytest
 
-import inference
 import submit
 import tables
 from conftest import ROOT, TESTS, script_environment

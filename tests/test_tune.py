@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 
+import inference
 import numpy as np
 import pytest
 import torch
 
-import inference
 import tune
 from conftest import SAMPLES, TESTS, run_script
 
