@@ -277,7 +277,10 @@ def resolve(stack: Stack, python: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     outcomes = []
     for stack in STACKS:
         for python in stack.python:
