@@ -67,7 +67,6 @@ PHRASES = re.compile("|".join(rf"(?<!\w){re.escape(words)}(?!\w)" for words in s
 
 def chinese(text: str) -> str:
     """Words that stand in the files' cells, in Chinese; names, numbers, PASS, FAIL and BLOCKED stay."""
-    text = re.sub(r"\blayer (\d+)", r"第 \1 层", text)
     return PHRASES.sub(lambda found: WORDS[found[0]], text)
 
 

@@ -105,7 +105,7 @@ def performance_row(batch_size: int, rate: float, **changes: Any) -> dict[str, A
 
 
 def performance_result(**changes: Any) -> dict[str, Any]:
-    peer = {"peer": "transformers", "batch_size": 1, "throughput_img_s": 2.0, "bundle_throughput_img_s": 2.4}
+    peer = {"peer": "transformers", "batch_size": 1, "throughput_img_s": 1.9, "bundle_throughput_img_s": 2.4}
     folder = {"what": "this bundle", "images_per_s": 10.0, "ratio_to_this_bundle": 1.0}
     found = {
         "num_runs": 3,
@@ -207,6 +207,11 @@ def test_the_figures_are_those_of_the_files(bundle):
     assert ["CPU", "folder of photos to features", "10.00", "27.8", "3,472", "434"] in cells(page(bundle, "sizes"))
     assert ["class and mean patch token", "8,192", "8.2", "4.1"] in cells(page(bundle, "sizes"))
     assert ["and all patches", "811,008", "811.0", "405.5"] in cells(page(bundle, "sizes"))
+
+
+def test_the_smallest_and_the_fastest_batch_size_stand_on_the_page(bundle):
+    save(bundle, "performance_eval", results=[performance_row(8, 3.0), performance_row(4, 4.25), performance_row(1, 2.125)])
+    assert [row[1] for row in cells(page(bundle, "performance")) if row[0] == "CPU"] == ["1", "4"]
 
 
 def test_before_an_npu_has_run_the_published_run_stands_in_a_column_of_its_own(bundle):
@@ -342,7 +347,7 @@ def test_results_in_full_stand_on_a_page_of_their_own(bundle, run):
     save_all(bundle)
     assert run().code == 0
     text = (bundle / "results" / "README.md").read_text(encoding="utf-8")
-    assert ["CPU", "transformers", "1", "2.00", "2.40", "1.062", "3", "-"] in cells(text)
+    assert ["CPU", "transformers", "1", "1.90", "2.40", "1.062", "3", "-"] in cells(text)
     assert "The ratio is the median over turns" in text
     assert ["performance_eval: results.3.throughput_img_s", "332.7502369757665"] in cells(text)
     assert [link for link in re.findall(r"\]\(([^)]+)\)", text) if not (bundle / "results" / link).exists()] == []

@@ -258,12 +258,12 @@ def test_ctrl_c_lets_the_step_save_what_it_has_and_runs_no_other(stand_ins):
     code = "import sys, pathlib; sys.path[:0] = sys.argv[1:3]; import inference, submit; inference.stopping.listen()\n"
     code += "inference.ROOT = pathlib.Path(sys.argv[3]); sys.exit(submit.main(['--device', 'npu']))"
     command = [sys.executable, "-c", code, str(ROOT), str(ROOT / "eval"), str(stand_ins)]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
     for _ in range(600):
         if (stand_ins / "running").exists():
             break
         time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
     _, told = child.communicate(timeout=30)
     assert child.returncode == 130
     assert told.strip() == "stopped; what is measured is kept: run the same command to go on"
