@@ -10,7 +10,6 @@ Exit codes: 0 each stack resolves; 1 one does not; 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -277,10 +276,9 @@ def resolve(stack: Stack, python: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args()
+    if len(sys.argv) > 1:
+        print(__doc__ if sys.argv[1:] == ["--help"] else "stacks.py: error: it takes no flags (--help says what it does)")
+        return 0 if sys.argv[1:] == ["--help"] else 2
     outcomes = []
     for stack in STACKS:
         for python in stack.python:
