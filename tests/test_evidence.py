@@ -514,3 +514,8 @@ def test_what_is_submitted_lists_what_a_commit_would_hold(bundle, run):
         "results/git_submit.json: does not list results/accuracy_eval_cpu.json; run: python eval/evidence.py"
         in run("--check").out
     )
+
+
+def test_a_file_may_have_the_simulator_in_its_name_but_no_result_its_device():
+    assert evidence.refuse({"files": ["tests/run_simulated.py"]}, None, False) is None
+    assert "simulated NPU" in evidence.refuse({"device_name": "simulated NPU (CPU)"}, None, False)
