@@ -290,7 +290,8 @@ def main() -> int:
     )
     stacks = [stack._asdict() | {"install": install_line(stack)} for stack in STACKS]
     made = {"time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"), "pip": installed("pip"), "note": note}
-    made |= {"requirements": (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines(), "stacks": stacks}
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    made |= {"requirements": [line for line in lines if not line.startswith("#")], "stacks": stacks}
     RESOLUTION.write_text(json.dumps(made | {"resolved": outcomes}, indent=1) + "\n", encoding="utf-8")
     return 0 if all(outcome["resolves"] for outcome in outcomes) else 1
 

@@ -913,6 +913,15 @@ def test_batches_share_memory_only_where_those_of_all_ranks_fit(monkeypatch):
 # --- processes ---
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A forked child computes in one thread: so does what it is compared with."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def start(tmp_path, flags, photos):
     """Start a slow run as a process of its own group and wait until its first part is there."""

@@ -98,7 +98,7 @@ def test_every_name_used_of_torch_npu_exists_in_its_sources(version):
 
 
 def test_every_name_used_of_the_device_module_exists_for_gpus_too():
-    only_npu = {"conv", "matmul", "NPUGraph"}
+    only_npu = {"conv", "matmul", "NPUGraph", "config"}
     assert all(hasattr(torch.cuda, name) for name in used_of_the_device_module() - only_npu)
 
 
@@ -278,10 +278,10 @@ def test_the_real_torch_npu_without_cann(unpacked, tmp_path, tiny_folder, device
     done = run_script("inference.py", "--image_path", photo, "--device", device, *flags, PYTHONPATH=str(unpacked))
     if device == "npu":
         assert done.returncode == 3
-        assert done.stderr.startswith(
+        assert done.stderr.splitlines()[-1].startswith(
             "BLOCKED: CANN is not installed or not set up (libhccl.so: cannot open shared object file"
         )
-        assert "source /usr/local/Ascend/ascend-toolkit/set_env.sh" in done.stderr
+        assert "source /usr/local/Ascend/cann/set_env.sh" in done.stderr
     else:
         assert done.returncode == 0, done.stderr
         assert ("no NPU: CANN is not installed or not set up" in done.stderr) == (device == "auto")
