@@ -6,12 +6,11 @@ import argparse
 import json
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,8 +29,7 @@ START_UP_S = 120.0  # what a child's imports may take
 CHILD = f"""
 import json, os, sys, time
 sys.path[:0] = {[str(inference.ROOT), str(inference.ROOT / "eval")]!r}
-given, answers = json.loads(sys.argv[1]), open(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)  # what libraries print is no answer
+given, answers = json.loads(sys.argv[1]), open(int(sys.argv[2]), "w", buffering=1)
 def tell(answer):
     print(json.dumps(answer, allow_nan=False), file=answers)
 """
@@ -66,25 +64,17 @@ def ask_child(
 
     Raises ChildError where one takes more than `limit_s` seconds, or the process ends before.
     """
-    command = [sys.executable, "-c", CHILD + code, json.dumps(given, default=str)]
-    with tempfile.TemporaryFile("w+", errors="replace") as said:
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=said, env=environment, text=True, start_new_session=True
-        )
-
-        def end() -> None:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-
+    reader, writer = os.pipe()  # libraries print to the standard output
+    command = [sys.executable, "-c", CHILD + code, json.dumps(given, default=str), str(writer)]
+    with open(reader, "rb", buffering=0) as answers, tempfile.TemporaryFile("w+", errors="replace") as said:
+        child = subprocess.Popen(command, stdout=said, stderr=said, env=environment, pass_fds=[writer], start_new_session=True)
+        os.close(writer)
         try:
             allowed = max(limit_s, START_UP_S)
             for _ in range(count):
-                alarm, since = threading.Timer(allowed, end), time.monotonic()
-                alarm.start()
-                answer = child.stdout.readline()
-                alarm.cancel()
-                if not answer and time.monotonic() - since >= allowed:
+                if not select.select([answers], [], [], allowed)[0]:
                     raise ChildError("hung", f"no answer within {allowed:g} s")
+                answer = answers.readline()
                 if not answer:
                     child.wait()
                     said.seek(0)
@@ -93,9 +83,9 @@ def ask_child(
                 yield json.loads(answer)
                 allowed = limit_s
         finally:
-            end()
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-            child.stdout.close()
 
 
 @contextmanager
