@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
 SAMPLES = ROOT / "assets" / "samples"
 sys.path[:0] = [str(ROOT), str(ROOT / "eval"), str(TESTS)]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist fills the cores; threads beside it would only contend
 
 import inference
 import torch
