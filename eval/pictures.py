@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from evidence import Evidence
 
-DRAWING = 5  # raise it when a picture is drawn in another way: then all are drawn anew
+DRAWING = 4  # raise it when a picture is drawn in another way: then all are drawn anew
 DIGEST_KEY = "Source-SHA256"
 FLOOR = 1e-9  # a log scale has no place for an error of 0
 BAR = BAD = "#C00000"
@@ -207,7 +207,7 @@ def performance_series(data: dict[str, Any], published: dict[str, Any] | None) -
 
 # --- the machine, and what is submitted ---
 
-LAYERS = ("python_version", "numpy_version", "transformers_version", "torch_version", "torch_npu_version", "cann_version")
+LAYERS = ("python", "numpy", "transformers", "torch", "torch_npu", "cann")
 
 
 def draw_environment(evidence: Evidence) -> Image.Image:
@@ -215,11 +215,9 @@ def draw_environment(evidence: Evidence) -> Image.Image:
     towers = []
     for stem in ("env_info", "env_info_cpu", f"{PUBLISHED}env_info"):
         if data := evidence.records.get(stem):
-            found = {layer: (data.get(layer) or "✗").rpartition("/")[2] for layer in (*LAYERS, "npu_model")}
-            lines = [
-                (f"{layer.removesuffix('_version')}  {version}", BAD if version == "✗" else GOOD)
-                for layer, version in found.items()
-            ]
+            found = {layer: (data.get(f"{layer}_version") or "✗").rpartition("/")[2] for layer in LAYERS}
+            found["NPU"] = data.get("npu_model") or "✗"
+            lines = [(f"{layer}  {version}", BAD if version == "✗" else GOOD) for layer, version in found.items()]
             towers.append([(f"{stem}.json", QUIET), *lines])
     for stack in stacks.STACKS:
         wanted = (f"{stack.python[0]} - {stack.python[-1]}", stack.numpy, "", stack.torch, stack.torch_npu, stack.cann)

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 KINDS = {"npu": "NPU", "cuda": "GPU", "cpu": "CPU"}
 PUBLISHED = "published/"
-RANDOM = "**random weights**"
 
 
 class Table(NamedTuple):
@@ -105,12 +104,6 @@ def plain(value: Any) -> str:
     return re.sub(r"([\\|*`<\[\]])", r"\\\1", " ".join(str(value).split()))
 
 
-def why_not(evidence: Evidence, name: str) -> str:
-    """Why the NPU has no result."""
-    record = evidence.blocked(name)
-    return f"**BLOCKED**: {plain(record['reason'])}" if record else "not measured"
-
-
 def label_of(data: dict[str, Any]) -> str:
     """What a row calls the device of a result: also what it is compared with, random weights, half a run."""
     if "weights" not in data:
@@ -118,7 +111,7 @@ def label_of(data: dict[str, Any]) -> str:
     label, reference = KINDS[data["device"]], data.get("reference")
     if reference:
         label += f" against {KINDS.get(reference['device'], reference['dtype'])}"
-    label += f", {RANDOM}" if data["weights"]["source"] == "random" else ""
+    label += ", **random weights**" if data["weights"]["source"] == "random" else ""
     return label + (", **partial**" if data.get("partial") else "")
 
 
@@ -192,9 +185,10 @@ def audit(evidence: Evidence) -> list[Part]:
     """The first screen: what runs, how exact, how fast, on which evidence, beside the published run."""
     rows = []
     for name, (check, describe) in CHECKS.items():
-        data, published = evidence.measured(name), evidence.measured(name, "published")
+        data, published, record = evidence.measured(name), evidence.measured(name, "published"), evidence.blocked(name)
         with blaming(name):
-            ours = describe(data, published) + label_of(data).removeprefix("NPU") if data else why_not(evidence, name)
+            ours = f"**BLOCKED**: {plain(record['reason'])}" if record else "not measured"
+            ours = describe(data, published) + label_of(data).removeprefix("NPU") if data else ours
         with blaming(PUBLISHED + name):
             theirs = describe(published, None) if published else "not recorded"
         paths = (f"results/{name}.json", f"logs/{name}.log", f"assets/{name}_result.png")
