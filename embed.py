@@ -27,6 +27,7 @@ import itertools
 import json
 import marshal
 import math
+import mmap
 import os
 import shutil
 import signal
@@ -233,33 +234,25 @@ class Row(NamedTuple):
 
 @dataclass
 class Batch:
-    """What a worker returns: crops uint8 [n, H, W, 3] of the places from `first` on, black where an image failed, and a row for
-    each; or which file the disk did not give."""
+    """What a worker returns: a row for each image from place `first` on, or which file the disk did not give; and its crops,
+    uint8 [n, H, W, 3], anything where an image failed, which wait in memory that is shared with the workers."""
 
     first: int
-    crops: Any
     rows: list[Row] = field(default_factory=list)
     unreadable: str = ""
-
-    def pin_memory(self) -> Batch:  # DataLoader's thread calls it
-        self.crops = torch.as_tensor(self.crops).pin_memory()
-        return self
+    crops: Any = None
 
 
 class _Crops:
-    """Makes batches in DataLoader's workers. It knows no paths: the sampler sends them, so that no worker holds the list.
+    """Makes batches in DataLoader's workers. It knows no paths: the sampler sends them, so that no worker holds the list."""
 
-    Crops are numpy's, which come through a pipe. Tensors would wait in /dev/shm: a worker that finds it full, in a container
-    it may have 64 MB, is waited for in vain.
-    """
+    def __init__(self, preprocess: Preprocess, buffers: np.ndarray) -> None:
+        self.preprocess, self.buffers = preprocess, buffers
 
-    def __init__(self, preprocess: Preprocess) -> None:
-        self.preprocess = preprocess
-
-    def __getitem__(self, keys: list[ImageKey]) -> Batch:
-        size = self.preprocess.image_size
-        batch = Batch(keys[0].index, np.zeros((len(keys), size, size, 3), np.uint8))
-        for crop, key in zip(batch.crops, keys, strict=True):
+    def __getitem__(self, task: tuple[int, list[ImageKey]]) -> Batch:
+        number, keys = task
+        batch = Batch(keys[0].index)
+        for crop, key in zip(self.buffers[number % len(self.buffers)], keys):
             row = Row(*size_and_mtime(key), {})
             try:
                 crop[:] = read_crop(key, self.preprocess)
@@ -335,16 +328,21 @@ def decoding_loader(model: LoadedModel, batches: KeyBatches, num_workers: int | 
 
     Raises UsageError where a worker is lost, or where no batch comes for LOADER_TIMEOUT_S.
     """
+    size, pins = model.preprocess.image_size, inference.can_pin_memory(model.device)
     if num_workers is None:
-        num_workers = default_num_workers(model.device, batches.batch_size, model.preprocess.image_size)
+        num_workers = default_num_workers(model.device, batches.batch_size, size)
     log.info(f"{num_workers} decoding workers")
+    # As many batches as are under way: two for each worker, and those in other hands. Memory that is shared by a fork is no
+    # file in /dev/shm, of which a container may have 64 MB.
+    shape = (2 * num_workers + 3, batches.batch_size, size, size, 3)
+    buffers = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
     loader = torch.utils.data.DataLoader(
-        _Crops(model.preprocess),
+        _Crops(model.preprocess, buffers),
         batch_size=None,  # the sampler gives whole batches
-        sampler=batches,
+        sampler=enumerate(batches),
         num_workers=num_workers,
         worker_init_fn=_start_worker,
-        pin_memory=inference.can_pin_memory(model.device),
+        multiprocessing_context="fork" if num_workers else None,
         timeout=2 if num_workers else 0,  # it looks whether its workers live each time
     )
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until workers have their own handlers
@@ -354,7 +352,13 @@ def decoding_loader(model: LoadedModel, batches: KeyBatches, num_workers: int | 
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if num_workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises a dead worker's error in whatever runs
-    while (batch := _next_batch(iterator, num_workers)) is not None:
+    for buffer in itertools.cycle(buffers):
+        batch = _next_batch(iterator, num_workers)
+        if batch is None:
+            return
+        batch.crops = torch.from_numpy(buffer[: len(batch.rows)])
+        if pins:
+            batch.crops = batch.crops.pin_memory()
         yield batch
 
 
@@ -738,7 +742,7 @@ def compute(loader: Iterator[Batch], encoder: Encoder, batches: KeyBatches) -> I
             log.error(f"Part {part} is left unwritten: {batch.unreadable}")
         if part in batches.given_up:
             continue
-        following = (batch, encoder.submit(torch.as_tensor(batch.crops))) if batch else None
+        following = (batch, encoder.submit(batch.crops)) if batch else None
         if queued:
             yield queued[0], queued[1]()
         queued = following

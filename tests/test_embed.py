@@ -980,7 +980,7 @@ def test_parts_are_shared_out_without_locks_too_and_the_number_of_ranks_may_chan
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "1")
     first = bulk(output=tmp_path / "shared")
-    assert [path.name for path in first.parts] == ["part-00001.npz", "part-00004.npz"]
+    assert (first.code, [path.name for path in first.parts]) == (0, ["part-00001.npz", "part-00004.npz"])
     assert "[INFO]" not in first.terminal and "[INFO]" in first.log
     assert not (tmp_path / "shared" / "failures.jsonl").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -990,6 +990,25 @@ def test_parts_are_shared_out_without_locks_too_and_the_number_of_ranks_may_chan
     bulk(output=tmp_path / "shared")
     assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
     assert (tmp_path / "shared" / "failures.jsonl").exists()
+
+
+def test_of_two_processes_that_end_at_once_one_is_the_last(tmp_path):
+    ours, theirs = multiprocessing.Pipe()
+
+    def other() -> None:
+        with embed.FolderLock(tmp_path) as lock:
+            theirs.send("there")
+            theirs.recv()
+            theirs.send(lock.is_alone(then=fcntl.LOCK_UN))
+
+    process = multiprocessing.get_context("fork").Process(target=other)
+    with embed.FolderLock(tmp_path) as lock:
+        process.start()
+        assert ours.poll(30) and ours.recv() == "there"
+        first = lock.is_alone(then=fcntl.LOCK_UN)
+        ours.send("go on")
+        assert ours.poll(30) and (first, ours.recv()) == (False, True)
+    process.join()
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [("1", None), (None, "2"), ("2", "2"), ("x", "2")])
