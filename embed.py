@@ -38,7 +38,7 @@ import zipfile
 import zlib
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -699,10 +699,10 @@ def encode_parts(lock: FolderLock, encoder: Encoder, loader: Iterator[Batch], ba
     bulk, rows, full = batches.bulk, [], []
     to_do = sum(len(bulk.places(part)) for part in bulk.unfinished()) / lock.ranks
     delivered: set[str] = set()
+    writing: Future | None = None
     images = failed = lost = 0
     started = told = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        writing = pool.submit(lock.check_folder)
         for batch, features in compute(loader, encoder, batches):
             lost = count_lost(bulk, batch, delivered, lost)
             for row in np.flatnonzero(~features["finite"]):
@@ -722,9 +722,11 @@ def encode_parts(lock: FolderLock, encoder: Encoder, loader: Iterator[Batch], ba
             if batch.first + len(batch.rows) == places.stop:
                 full.append((bulk.part_of(batch.first), rows))
             while full and not lost:  # else a disk may be gone, and these are no failures
-                writing.result()
+                if writing:
+                    writing.result()
                 writing = pool.submit(write_part, lock, bulk, *full.pop(0))
-        writing.result()
+        if writing:
+            writing.result()
         for part in full:
             write_part(lock, bulk, *part)
     seconds = time.monotonic() - started

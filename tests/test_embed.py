@@ -591,7 +591,7 @@ def test_a_worker_that_is_lost_is_one_line(bulk, monkeypatch, request, error):
         if key.index == 12 and error == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if key.index == 12 and error == "timeout":
-            threading.Event().wait(5)
+            threading.Event().wait(3)
         return read_crop(key, preprocess)
 
     def in_whatever_runs(_signal, _frame):  # as torch's own handler does
