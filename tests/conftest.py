@@ -116,6 +116,18 @@ def to_native_names(hub: dict[str, torch.Tensor], layers: int = TINY["num_hidden
     return native
 
 
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """A folder of seven photos at three depths and two files that are none."""
+    photo = (SAMPLES / "chelsea.jpg").read_bytes()
+    for name in ("b.JPG", "a.jpeg", "sub/c.Webp", "sub/deep/d.tif", "z.png", "e.gif", "f.BMP"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(photo)
+    (tmp_path / "photos" / "notes.md").write_text("not an image")
+    (tmp_path / "photos" / "sub" / "labels.csv").touch()
+    return tmp_path / "photos"
+
+
 @pytest.fixture(scope="session")
 def cpu() -> inference.Device:
     return inference.open_device("cpu")
