@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,24 +17,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import inference
 import numpy as np
-from inference import Column, Encoder, LoadedModel, UsageError, log, time_once, torch
+from inference import Column, LoadedModel, UsageError, log, time_once, torch
 from PIL import Image, ImageOps
 
 import embed
+from common import SAMPLES, ChildError, ask_child
 
-FEATURES = ("class_token", "mean_patch_token")
 FIXED_SHARE = 0.05  # of a turn over a folder, at most, where the turn is long enough
-SAMPLES = inference.ROOT / "assets" / "samples"
 
 COLD_COLUMNS = (
     Column("Import (s)", "导入（s）", "import_s", ".2f"),
     Column("Load (s)", "加载（s）", "load_s", ".2f"),
     Column("First image (s)", "首图（s）", "first_image_s", ".2f"),
     Column("Total (s)", "合计（s）", "total_s", ".2f"),
-    Column("Bare minimum (s)", "最低限度（s）", "bare_minimum_s", ".2f"),
-    Column("Ratio (median of paired turns)", "比值（成对轮次的中位数）", "ratio_to_bare", ".2f"),
     Column("Peak (MiB)", "峰值（MiB）", "peak_memory_mb", ".0f"),
-    Column("Bare peak (MiB)", "最低限度峰值（MiB）", "bare_peak_memory_mb", ".0f"),
 )
 FOLDER_COLUMNS = (
     Column("Folder of photos", "照片文件夹", "what"),
@@ -78,18 +72,9 @@ def scale_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-# --- in a process of its own ---
+# --- a cold start ---
 
-PREAMBLE = """
-import argparse, json, sys, time
-given = json.loads(sys.argv[1])
-def tell(*numbers):
-    with open(given["answer"], "w") as file:  # libraries print to the standard output
-        json.dump(numbers, file)
-"""
-# A cold start, through the bundle and with the bare minimum: import, read the file, one forward pass.
-CHILDREN = {
-    "bundle": """
+COLD_START = """
 import inference, transformers
 from transformers import ViTModel
 imported = time.time()
@@ -98,81 +83,28 @@ model = inference.load_model(device, given["folder"], given["dtype"], allow_unlo
 loaded = time.time()
 crop = inference.read_crop(given["photo"], model.preprocess)
 inference.Encoder(model, ["class_token"], 1).submit(inference.torch.from_numpy(crop)[None])()
-done = time.time()
-tell(imported, loaded, done, inference.peak_memory_mb(inference.open_device("cpu")))
-inference.os._exit(0)  # nobody who has the features waits for the hash of the weights
-""",
-    "bare": """
-import os
-os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-import torch
-if given["device"].startswith("npu"):
-    import torch_npu
-from transformers import ViTConfig, ViTModel
-imported = time.time()
-data = open(given["folder"] + "/model.safetensors", "rb").read()
-with torch.device("meta"):
-    model = ViTModel(ViTConfig.from_pretrained(given["folder"])).eval()
-dtype = getattr(torch, given["dtype"])
-model = model.to(dtype).to_empty(device=given["device"])
-loaded = time.time()
-with torch.inference_mode():
-    size = model.config.image_size
-    model(torch.zeros(1, 3, size, size, dtype=dtype, device=given["device"])).last_hidden_state.cpu()
-done = time.time()
-import inference
-tell(imported, loaded, done, inference.peak_memory_mb(inference.open_device("cpu")))
-""",
-    "timed": """
-sys.path.insert(0, "eval")
-import eval_performance, inference
-args = argparse.Namespace(**given["args"])
-model = inference.load_as_asked(args, inference.open_device(given["device"], args.allow_hf32, given["deterministic"]))
-encoder = inference.Encoder(model, eval_performance.FEATURES, 1, args.execution)
-crops = eval_performance.sample_crops(model.preprocess)
-tell(eval_performance.measure_row(encoder, crops, given["batch_size"], args)["p50_s"])
-""",
-}
+tell([imported, loaded, time.time(), inference.peak_memory_mb(inference.open_device("cpu"))])
+"""
 
 
-def run_child(what: str, folder: Path, device: inference.Device, **given: Any) -> list[float]:
-    """What one of CHILDREN tells. Raises UsageError if it fails or takes ten minutes."""
-    answer = folder / "answer.json"
-    given |= {"answer": str(answer), "folder": str(folder / "checkpoint"), "device": str(device.torch_device)}
-    command = [sys.executable, "-c", PREAMBLE + CHILDREN[what], json.dumps(given)]
-    try:
-        subprocess.run(command, cwd=inference.ROOT, capture_output=True, text=True, errors="replace", check=True, timeout=600)
-    except subprocess.SubprocessError as error:
-        told = str(getattr(error, "stderr", None) or error).strip().splitlines()
-        raise UsageError(f"the child process '{what}' failed ({told[-1]})") from error
-    return json.loads(answer.read_text())
-
-
-# --- what a user waits for ---
-
-
-def measure_cold_start(model: LoadedModel, folder: Path, rounds: int) -> dict[str, Any]:
+def measure_cold_start(model: LoadedModel, checkpoint: Path, rounds: int) -> dict[str, Any]:
     """Seconds from the start of a process to the first feature of one photo; medians over rounds."""
-    given = {"photo": str(SAMPLES / "chelsea.jpg"), "dtype": model.dtype_name}
-    found: dict[str, list[list[float]]] = {"bundle": [], "bare": []}
+    given = {"folder": checkpoint, "photo": SAMPLES / "chelsea.jpg", "dtype": model.dtype_name}
+    given["device"] = str(model.device.torch_device)
+    turns = []
     for _ in range(rounds):
-        for who, turns in found.items():
-            started = time.time()
-            *moments, memory = run_child(who, folder, model.device, **given)
-            turns.append([moment - started for moment in moments] + [memory])
-    imported, loaded, total, memory = (statistics.median(column) for column in zip(*found["bundle"], strict=True))
-    bare_total, bare_memory = (statistics.median(row[column] for row in found["bare"]) for column in (2, 3))
-    return {
-        "import_s": imported,
-        "load_s": loaded - imported,
-        "first_image_s": total - loaded,
-        "total_s": total,
-        "peak_memory_mb": memory,
-        "bare_minimum_s": bare_total,
-        "bare_peak_memory_mb": bare_memory,
-        "ratio_to_bare": statistics.median(a[2] / b[2] for a, b in zip(found["bundle"], found["bare"], strict=True)),
-        "rounds": rounds,
-    }
+        started = time.time()
+        try:
+            [(*moments, memory)] = ask_child(COLD_START, given, 1, 600)
+        except ChildError as error:
+            raise UsageError(f"the cold start failed ({error})") from error
+        turns.append([moment - started for moment in moments] + [memory])
+    imported, loaded, total, memory = (statistics.median(column) for column in zip(*turns, strict=True))
+    seconds = {"import_s": imported, "load_s": loaded - imported, "first_image_s": total - loaded, "total_s": total}
+    return seconds | {"peak_memory_mb": memory}
+
+
+# --- a folder of photos ---
 
 
 def make_photos(folder: Path, count: int, megapixels: tuple[float, float]) -> float:
@@ -187,21 +119,18 @@ def make_photos(folder: Path, count: int, megapixels: tuple[float, float]) -> fl
     return float(sizes.mean())
 
 
-def ways_through(
-    model: LoadedModel, plain: LoadedModel, args: argparse.Namespace, crops: torch.Tensor, folder: Path
-) -> dict[str, Callable]:
-    """Five ways to take a list of photos: the bundle's first, then what one would use instead, then the bundle's two halves."""
+def ways_through(model: LoadedModel, plain: LoadedModel, execution: str, folder: Path) -> dict[str, Callable]:
+    """Ways to take a list of photos: the bundle's first, then what one would use instead."""
     import transformers
     from transformers.image_utils import load_image
 
     batch, device = inference.default_batch_size(model.device), model.device.torch_device
     processor = library_processor(model.preprocess)
     pipeline = transformers.pipeline("image-feature-extraction", model=plain.module, image_processor=processor, device=device)
-    encoder = Encoder(model, FEATURES, batch, args.execution)
 
     def bulk_run(paths: list[str]) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as output:
-            flags = ["--image_path", "photos", "--output", output, "--batch_size", str(batch), "--execution", args.execution]
+            flags = ["--image_path", "photos", "--output", output, "--batch_size", str(batch), "--execution", execution]
             embed.embed(embed.make_parser().parse_args(flags), embed.list_images(paths), model)
 
     def plain_loop(paths: list[str]) -> None:
@@ -212,22 +141,10 @@ def ways_through(
                 hidden = plain.module(pixel_values=pixels).last_hidden_state
             torch.cat([hidden[:, 0], hidden[:, 1:].mean(1)], 1).float().cpu()
 
-    def decoding_alone(paths: list[str]) -> None:
-        images = embed.list_images(paths)
-        bulk = embed.Bulk(images, Path(), len(images), {}, "float32")
-        for _batch in embed.decoding_loader(model, embed.KeyBatches(bulk, [0], batch), None):
-            pass
-
-    def computing_alone(paths: list[str]) -> None:
-        for first in range(0, len(paths), batch):
-            encoder.submit(crops[torch.arange(min(batch, len(paths) - first)) % len(crops)])()
-
     return {
         "this bundle": bulk_run,
         "transformers loop": plain_loop,
         "image-feature-extraction pipeline": lambda paths: pipeline(paths, batch_size=batch),
-        "decoding alone": decoding_alone,
-        "computing alone": computing_alone,
     }
 
 
@@ -248,25 +165,21 @@ def measure_folder(
 
     Fixed costs are those of a run over one photo. None for turn_seconds: the bundle's, the first way's, are FIXED_SHARE of it.
     """
-    rows = [
-        {"what": what, "fixed_s": min(quietly(device, way, paths[:1]) for _ in range(2)), "images_per_s_by_turn": []}
-        for what, way in ways.items()
-    ]
-    target = turn_seconds or rows[0]["fixed_s"] / FIXED_SHARE
-    shares = [paths[turn::rounds] for turn in range(rounds) if paths[turn::rounds]]
-    for row in rows:
-        row["repeats"] = 1
+    rows, shares = [], [paths[turn::rounds] for turn in range(min(rounds, len(paths)))]
+    for what, way in ways.items():
+        fixed, repeats = min(quietly(device, way, paths[:1]) for _ in range(2)), 1
+        turn_seconds = turn_seconds or fixed / FIXED_SHARE
         # Not counted, and what follows finds the files in memory.
-        while (seconds := quietly(device, ways[row["what"]], [*shares[0]] * row["repeats"])) < target:
-            row["repeats"] = math.ceil(1.2 * row["repeats"] * target / seconds)
-        row["images_per_turn"] = row["repeats"] * len(shares[0])
-        row["fixed_percent"] = 0.0
-    for turn, share in enumerate(shares):
+        while (seconds := quietly(device, way, [*shares[0]] * repeats)) < turn_seconds:
+            repeats = math.ceil(1.2 * repeats * turn_seconds / seconds)
+        row = {"what": what, "repeats": repeats, "images_per_turn": repeats * len(shares[0])}
+        rows.append(row | {"fixed_s": fixed, "fixed_percent": 0.0, "images_per_s_by_turn": []})
+    for turn, share in enumerate(shares, 1):
         for row in rows:
             seconds = quietly(device, ways[row["what"]], [*share] * row["repeats"])
             row["images_per_s_by_turn"].append(row["repeats"] * len(share) / seconds)
             row["fixed_percent"] = max(row["fixed_percent"], 100 * row["fixed_s"] / seconds)
-            log.info(f"Turn {turn + 1} of {len(shares)}: {row['what']}, {row['images_per_s_by_turn'][-1]:.2f} img/s")
+            log.info(f"Turn {turn} of {len(shares)}: {row['what']}, {row['images_per_s_by_turn'][-1]:.2f} img/s")
     for row in rows:
         rates, ours = row["images_per_s_by_turn"], rows[0]["images_per_s_by_turn"]
         row["images_per_s"] = statistics.median(rates)
@@ -291,62 +204,32 @@ def library_processor(preprocess: inference.Preprocess) -> Any:
     )
 
 
-def measure_preprocessing(preprocess: inference.Preprocess, rounds: int) -> dict[str, Any]:
-    """How many times as fast as the library's processor one core prepares the sample photos, decoding excluded."""
-    processor = library_processor(preprocess)
-    photos = [Image.open(path).convert("RGB") for path in sorted(SAMPLES.glob("*.jpg"))]
-    cpu, threads = inference.open_device("cpu"), torch.get_num_threads()
-
-    def ours() -> None:
-        for photo in photos:
-            inference.normalize(torch.from_numpy(inference.crop_uint8(photo, preprocess).copy())[None], preprocess)
-
-    def library() -> None:
-        for photo in photos:
-            processor(photo, return_tensors="pt")
-
-    torch.set_num_threads(1)
-    try:
-        ratios = [time_once(cpu, library) / time_once(cpu, ours) for _ in range(rounds + 1)][1:]
-    finally:
-        torch.set_num_threads(threads)
-    return {"ratio_to_library": statistics.median(ratios), "photos": len(photos), "rounds": rounds}
-
-
-def measure_end_to_end(
-    model: LoadedModel, args: argparse.Namespace, crops: torch.Tensor, found: dict[str, Any]
-) -> Iterator[None]:
-    """Fill `found` with a cold start, a folder of photos and pre-processing, a step at a time."""
+def measure_end_to_end(model: LoadedModel, args: argparse.Namespace, keep: Callable[..., None]) -> None:
+    """Measure and keep a cold start and a folder of photos."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         log.info("Cold start ...")
         # A plain copy on the CPU: a device's tensors, and levers, cannot be saved.
         inference.load_as_asked(args, inference.open_device("cpu"), levers=()).module.save_pretrained(folder / "checkpoint")
-        found["cold_start"] = measure_cold_start(model, folder, args.rounds)
-        yield
+        cold_start = measure_cold_start(model, folder / "checkpoint", args.rounds)
+        keep(end_to_end={"cold_start": cold_start})
         (folder / "photos").mkdir()
         log.info(f"Making {args.end_to_end} photos of {args.megapixels[0]:g} to {args.megapixels[1]:g} megapixels ...")
         mean_size = make_photos(folder / "photos", args.end_to_end, args.megapixels)
         paths = sorted(map(str, (folder / "photos").iterdir()))
-        ways = ways_through(model, inference.load_as_asked(args, model.device, levers=()), args, crops, folder)
-        batch = inference.default_batch_size(model.device)
-        workers = embed.default_num_workers(model.device, batch, model.preprocess.image_size)
-        found["folder"] = {"images": len(paths), "megapixels_mean": mean_size, "batch_size": batch, "num_workers": workers}
-        found["folder"]["rows"] = measure_folder(model.device, ways, paths, args.rounds, args.turn_seconds)
-        yield
-        found["preprocessing"] = measure_preprocessing(model.preprocess, 5 * args.rounds)
+        ways = ways_through(model, inference.load_as_asked(args, model.device, levers=()), args.execution, folder)
+        rows = measure_folder(model.device, ways, paths, args.rounds, args.turn_seconds)
+        found = {"images": len(paths), "megapixels_mean": mean_size, "rows": rows}
+        keep(end_to_end={"cold_start": cold_start, "folder": found})
 
 
 def log_end_to_end(result: dict[str, Any]) -> None:
-    """Log cold start, folder and pre-processing."""
-    found = result["end_to_end"]
+    """Log cold start and folder."""
+    folder = result["end_to_end"]["folder"]
     log.info("=== End to end ===")
     inference.log_table(COLD_COLUMNS, cold_rows(result))
-    folder = found["folder"]
-    sizes = f"{folder['megapixels_mean']:.1f} megapixels each"
-    log.info(f"Folder of {folder['images']} photos, {sizes}, batch size {folder['batch_size']}")
+    log.info(f"Folder of {folder['images']} photos, {folder['megapixels_mean']:.1f} megapixels each")
     inference.log_table(FOLDER_COLUMNS, folder["rows"])
     if (percent := folder["rows"][0]["fixed_percent"]) > 100 * FIXED_SHARE:
         log.warning(f"Fixed costs are {percent:.0f}% of this bundle's turns, and nothing is subtracted; longer: --turn_seconds")
     inference.log_table(SCALE_COLUMNS, scale_rows(result))
-    log.info(f"Pre-processing on one core: {found['preprocessing']['ratio_to_library']:.2f} times as fast as the library's")

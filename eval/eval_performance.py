@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
+import dataclasses
 import logging
 import math
 import statistics
@@ -27,7 +27,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,15 @@ import numpy as np
 from inference import Column, Encoder, LoadedModel, UsageError, log, time_once, torch
 
 import npu_watch
-from end_to_end import FEATURES, FIXED_SHARE, SAMPLES, log_end_to_end, measure_end_to_end, run_child
+from common import FEATURES, ChildError, ask_child, keeping, positive_float, sample_crops
+from end_to_end import FIXED_SHARE, log_end_to_end, measure_end_to_end
+from stages import Arithmetic
 
 UNSTEADY = 0.10  # a spread of times, (max - min) / median, beyond which something else was at work on the machine
 SETTLED = 0.05  # warm-up ends when two runs in a row differ by less
 MAX_WARMUP_S = 10.0
 LAUNCH_BOUND = 0.8  # the host's share of a run from which the device waits for launches
-COPIED_BYTES = 256 * 2**20
-PUBLISHED = inference.ROOT / "results" / "published" / "performance_eval.json"
+EARNED_BY = {95: 130, 99: 662}  # runs from which a percentile may be quoted: MLPerf's early stopping at 99% confidence
 MEMORY_KEYS = {"npu": "npu_memory_mb", "cuda": "gpu_memory_mb", "cpu": "peak_resident_memory_mb"}
 MEMORY_LABELS = {"npu": "NPU Memory", "cuda": "GPU Memory", "cpu": "Peak resident memory"}
 
@@ -68,7 +68,6 @@ ROW_COLUMNS = (
 LIMIT_COLUMNS = (
     Column("Limit (images/s)", "上限（图片/秒）", "limit_img_s", ".2f"),
     Column("Matrix products (TFLOP/s)", "矩阵乘（TFLOP/s）", "matmul_tflops", ".2f"),
-    Column("Copy (GB/s)", "拷贝（GB/s）", "copy_gb_s", ".1f"),
     Column("GFLOP an image", "每图 GFLOP", "gflop_per_image", ".2f"),
     Column("Execution", "执行方式", "execution"),
     Column("Joules an image", "每图焦耳", "power.joules_per_image", ".3f"),
@@ -90,17 +89,14 @@ PEER_COLUMNS = (
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows for ROW_COLUMNS, of the published run's result too."""
+    remarks = {"out_of_memory": "out of memory", "launch_bound": "launch-bound", "unsteady": "unsteady"}
     table = []
     for row in result["results"]:
         runs = len(row.get("raw_times_s", ())) or result.get("num_runs", 0)
-        interval = [f"{1e3 * value:.2f}" for value in row.get("p50_interval_s") or ()]
-        remarks = {"out_of_memory": "out of memory", "launch_bound": "launch-bound", "unsteady": "unsteady"}
-        said = {
-            "interval_ms": " to ".join(interval) or None,
-            "memory_mb": next((row[key] for key in MEMORY_KEYS.values() if key in row), None),
-            "remarks": ", ".join(words for key, words in remarks.items() if row.get(key)) or None,
-        }
-        said |= {f"earned_p{percent}_s": row.get(f"p{percent}_s") for percent in (95, 99) if runs >= runs_for(percent)}
+        said = {f"earned_p{percent}_s": row.get(f"p{percent}_s") for percent, least in EARNED_BY.items() if runs >= least}
+        said["interval_ms"] = " to ".join(f"{1e3 * value:.2f}" for value in row.get("p50_interval_s") or ()) or None
+        said["memory_mb"] = next((row[key] for key in MEMORY_KEYS.values() if key in row), None)
+        said["remarks"] = ", ".join(words for key, words in remarks.items() if row.get(key)) or None
         table.append(row | said)
     return table
 
@@ -130,18 +126,6 @@ def flop_per_image(model: LoadedModel) -> int:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         plain(pixel_values=torch.empty(1, 3, size, size, device="meta"))
     return counter.get_total_flops()
-
-
-def runs_for(percent: int, confidence: float = 0.99) -> int:
-    """Runs from which a percentile may be quoted: the least n with P(Binomial(n, 1 - p) <= 1) <= 1 - confidence.
-
-    That is MLPerf's early-stopping rule for its single-stream scenario with one run allowed above the estimate (LoadGen,
-    early_stopping.cc, and the appendix "Early Stopping" of the inference rules): 64 for P90, 130 for P95, 662 for P99.
-    """
-    below, runs = percent / 100, 1
-    while below**runs + runs * (1 - below) * below ** (runs - 1) > 1 - confidence:
-        runs += 1
-    return runs
 
 
 def median_interval(times: Sequence[float], confidence: float = 0.95) -> list[float] | None:
@@ -175,23 +159,7 @@ def summarize(times: Sequence[float], enqueue: Sequence[float], batch_size: int)
     }
 
 
-def compare_rows(ours: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Throughput of each batch size that both measured, and this run's as a multiple of the other's."""
-    key = "throughput_img_s"
-    theirs = {row["batch_size"]: row[key] for row in others if key in row}
-    return [
-        {"batch_size": size, key: row[key], f"other_{key}": theirs[size], "ratio": row[key] / theirs[size]}
-        for row in ours
-        if key in row and (size := row["batch_size"]) in theirs
-    ]
-
-
 # --- timing ---
-
-
-def sample_crops(preprocess: inference.Preprocess) -> torch.Tensor:
-    """The sample photos as uint8 crops [N, H, W, 3]."""
-    return inference.crops_of(inference.find_images([str(SAMPLES)]), preprocess)
 
 
 def warm_up(device: inference.Device, run: Callable[[], Any], at_least: int) -> int:
@@ -210,56 +178,40 @@ def inputs(crops: torch.Tensor, batch_size: int, device: inference.Device) -> It
         yield from batches
 
 
-def or_out_of_memory(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def or_out_of_memory(encoder: Encoder, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """measure(), or what a row says of memory that ran out."""
     try:
         return measure()
     except Exception as error:
         if not inference.is_out_of_memory(error):
             raise
-        return {"out_of_memory": True, "reason": inference.first_line(error)}
-
-
-def halving(measure: Callable[[int], Any], size: int) -> Any:
-    """measure(size), or of the half, the quarter and so on where that is out of memory, down to 1."""
-    while True:
-        try:
-            return measure(size)
-        except Exception as error:
-            if size == 1 or not inference.is_out_of_memory(error):
-                raise
-        size //= 2  # only here has the error let go of what the attempt allocated
+        reason = inference.first_line(error)
+    encoder.release()  # only here has the error let go of what the attempt allocated
+    return {"out_of_memory": True, "reason": reason}
 
 
 def measure_row(encoder: Encoder, crops: torch.Tensor, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Times of one batch size, or a row that says that it does not fit."""
-    device = encoder.model.device
+    """Times and memory of one batch size."""
+    device, queues = encoder.model.device, encoder.model.device.kind != "cpu"
     encoder.batch_size = batch_size
+    if queues:
+        torch.get_device_module(device.torch_device).reset_peak_memory_stats()
+    batches, enqueue = inputs(crops, batch_size, device), []
 
-    def measure() -> dict[str, Any]:
-        if device.kind != "cpu":
-            torch.get_device_module(device.torch_device).reset_peak_memory_stats()
-        batches, enqueue = inputs(crops, batch_size, device), []
+    def run() -> None:
+        started = time.perf_counter()
+        encoder.run(next(batches))
+        enqueue.append(time.perf_counter() - started)
 
-        def run() -> None:
-            started = time.perf_counter()
-            encoder.run(next(batches))
-            enqueue.append(time.perf_counter() - started)
-
-        warmup_runs = warm_up(device, run, args.warmup)
-        enqueue.clear()
-        times = [time_once(device, run) for _ in range(args.num_runs)]
-        row = {"warmup_runs": warmup_runs} | summarize(times, enqueue if device.kind != "cpu" else [], batch_size)
-        pipelined = None
-        if device.kind != "cpu":  # which queues nothing
-            seconds = time_once(device, lambda: [encoder.run(next(batches)) for _ in range(args.num_runs)])
-            pipelined = args.num_runs * batch_size / seconds
-        return row | {"pipelined_throughput_img_s": pipelined, MEMORY_KEYS[device.kind]: inference.peak_memory_mb(device)}
-
-    row = {"batch_size": batch_size, "image_size": encoder.model.preprocess.image_size} | or_out_of_memory(measure)
-    if "out_of_memory" in row:
-        encoder.release()
-    return row
+    warmup_runs = warm_up(device, run, args.warmup)
+    enqueue.clear()
+    times = [time_once(device, run) for _ in range(args.num_runs)]
+    row = {"warmup_runs": warmup_runs} | summarize(times, enqueue if queues else [], batch_size)
+    row["pipelined_throughput_img_s"] = None
+    if queues:
+        seconds = time_once(device, lambda: [encoder.run(next(batches)) for _ in range(args.num_runs)])
+        row["pipelined_throughput_img_s"] = args.num_runs * batch_size / seconds
+    return row | {MEMORY_KEYS[device.kind]: inference.peak_memory_mb(device)}
 
 
 def take_turns(
@@ -275,10 +227,9 @@ def take_turns(
     for turn in range(rounds):
         for who in (0, 1) if turn % 2 == 0 else (1, 0):
             times[who].append(time_once(device, runners[who]))
-    median = statistics.median(times[1])
     return {
-        "median_time_s": median,
-        "throughput_img_s": batch_size / median,
+        "batch_size": batch_size,
+        "throughput_img_s": batch_size / statistics.median(times[1]),
         "bundle_throughput_img_s": batch_size / statistics.median(times[0]),
         "speed_ratio": statistics.median(theirs / ours for ours, theirs in zip(*times, strict=True)),
         "rounds": rounds,
@@ -293,7 +244,7 @@ def take_turns(
 def measure_limit(
     encoder: Encoder, crops: torch.Tensor, batch_sizes: Sequence[int], rounds: int, gflop: float, largest: int
 ) -> dict[str, Any]:
-    """Rate of the model's own matrix products alone, at batch size `largest`, and each batch size's share of it; and of a copy.
+    """Rate of the model's own matrix products alone, at batch size `largest`, and each batch size's share of it.
 
     limit_img_s is what a forward pass would reach if it consisted of these products alone. Products and forward pass take
     turns, so that a share stays right where the machine's speed drifts.
@@ -305,31 +256,11 @@ def measure_limit(
             for _ in range(count):
                 product()
 
-    turns = [{"batch_size": size} | take_turns(encoder, crops, run_products, crops, size, rounds) for size in batch_sizes]
+    turns = [take_turns(encoder, crops, run_products, crops, size, rounds) for size in batch_sizes]
+    for row in turns:
+        row["share_of_limit_percent"] = 100 * row["speed_ratio"] * row["batch_size"] / largest
     rate = largest / statistics.median(seconds for row in turns for seconds in row["peer_times_s"])
-    return {
-        "batch_size": largest,
-        "matmul_tflops": rate * gflop / 1e3,
-        "limit_img_s": rate,
-        "copy_gb_s": halving(partial(copy_bandwidth, encoder.model.device, rounds), COPIED_BYTES),
-        "turns": [
-            {
-                "batch_size": row["batch_size"],
-                "share_of_limit_percent": 100 * row["speed_ratio"] * row["batch_size"] / largest,
-                "bundle_times_s": row["bundle_times_s"],
-                "products_times_s": row["peer_times_s"],
-            }
-            for row in turns
-        ],
-    }
-
-
-def copy_bandwidth(device: inference.Device, runs: int, size: int) -> float:
-    """Gigabytes (1e9) a second, read and written, of a copy of `size` bytes within the device."""
-    source = torch.ones(size // 4, device=device.torch_device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * size / statistics.median(time_once(device, lambda: target.copy_(source)) for _ in range(runs)) / 1e9
+    return {"batch_size": largest, "matmul_tflops": rate * gflop / 1e3, "limit_img_s": rate, "turns": turns}
 
 
 def matrix_products(model: LoadedModel, batch_size: int) -> Iterator[tuple[int, Callable[[], torch.Tensor]]]:
@@ -342,61 +273,41 @@ def matrix_products(model: LoadedModel, batch_size: int) -> Iterator[tuple[int, 
     patches = (model.preprocess.image_size // config.patch_size) ** 2
     tokens, heads = patches + 1, config.num_attention_heads
 
-    def random(*shape: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(inference.SEED)
-        return torch.randn(shape, generator=generator).to(model.device.torch_device, model.dtype)
-
-    def linear(rows: int, columns: int, results: int) -> Callable[[], torch.Tensor]:
-        values, weight = random(rows, columns), random(results, columns)
-        return lambda: torch.nn.functional.linear(values, weight)
-
-    def batched(*shapes: tuple[int, int]) -> Callable[[], torch.Tensor]:
-        left, right = (random(batch_size * heads, *shape) for shape in shapes)
-        return lambda: torch.bmm(left, right)
-
-    yield 1, linear(batch_size * patches, 3 * config.patch_size**2, width)
-    yield 4 * layers, linear(batch_size * tokens, width, width)
-    yield layers, linear(batch_size * tokens, width, mlp)
-    yield layers, linear(batch_size * tokens, mlp, width)
-    yield layers, batched((tokens, width // heads), (width // heads, tokens))
-    yield layers, batched((tokens, tokens), (tokens, width // heads))
+    shapes = (  # how often, blocks, rows, columns, results
+        (1, 1, batch_size * patches, 3 * config.patch_size**2, width),
+        (4 * layers, 1, batch_size * tokens, width, width),
+        (layers, 1, batch_size * tokens, width, mlp),
+        (layers, 1, batch_size * tokens, mlp, width),
+        (layers, batch_size * heads, tokens, width // heads, tokens),
+        (layers, batch_size * heads, tokens, tokens, width // heads),
+    )
+    for count, blocks, rows, columns, results in shapes:
+        left, right = torch.randn(blocks, rows, columns), torch.randn(blocks, results, columns)
+        left, right = (values.squeeze(0).to(model.device.torch_device, model.dtype) for values in (left, right))
+        yield count, partial(torch.matmul, left, right.mT)
 
 
 # --- the peers ---
 
 
-def last_hidden_state_only(module: torch.nn.Module) -> torch.nn.Module:
-    """The model as exporters want it: one tensor in, one out."""
-
-    class LastHiddenState(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = module
-
-        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-            return self.module(pixel_values=pixel_values).last_hidden_state
-
-    return LastHiddenState().eval()
-
-
-def transformers_peer(
-    plain: LoadedModel, _pixels: torch.Tensor, hf32_convolutions: bool = False
-) -> Callable[[torch.Tensor], Any]:
+def transformers_peer(plain: LoadedModel, arithmetic: Arithmetic, _pixels: torch.Tensor) -> Callable[[torch.Tensor], Any]:
     """A plain transformers forward pass over pixel values that were normalised beforehand."""
-    kind, usual = plain.device.kind, plain.device.allow_hf32
 
     def run(pixels: torch.Tensor) -> Any:
-        inference.set_float32_precision(kind, usual or hf32_convolutions, usual)  # read at each call
-        try:
-            with torch.inference_mode():
-                return plain.module(pixel_values=pixels)
-        finally:
-            inference.set_float32_precision(kind, usual, usual)
+        with arithmetic.active(plain.device), torch.inference_mode():
+            return plain.module(pixel_values=pixels)
 
     return run
 
 
-def onnxruntime_peer(plain: LoadedModel, pixels: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+def only_last_hidden_state(plain: LoadedModel) -> torch.nn.Module:
+    """The model as exporters want it: one tensor in, one out."""
+    whole = plain.module.forward
+    plain.module.forward = lambda pixel_values: whole(pixel_values=pixel_values).last_hidden_state
+    return plain.module
+
+
+def onnxruntime_peer(plain: LoadedModel, _arithmetic: Arithmetic, pixels: torch.Tensor) -> Callable[[torch.Tensor], Any]:
     """ONNX Runtime with as many threads as torch, on the model exported by torch.onnx."""
     import onnxruntime
 
@@ -404,19 +315,18 @@ def onnxruntime_peer(plain: LoadedModel, pixels: torch.Tensor) -> Callable[[torc
     dynamic = {"pixel_values": {0: torch.export.Dim("batch")}}
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
-        module = last_hidden_state_only(plain.module)
-        torch.onnx.export(module, (two,), path, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+        torch.onnx.export(only_last_hidden_state(plain), (two,), path, dynamo=True, dynamic_shapes=dynamic, verbose=False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda pixels: session.run(None, {"pixel_values": pixels.numpy()})[0]
 
 
-def openvino_peer(plain: LoadedModel, pixels: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+def openvino_peer(plain: LoadedModel, _arithmetic: Arithmetic, pixels: torch.Tensor) -> Callable[[torch.Tensor], Any]:
     """OpenVINO in float32 with as many threads as torch."""
     import openvino
 
-    converted = openvino.convert_model(last_hidden_state_only(plain.module), example_input=pixels[:1])
+    converted = openvino.convert_model(only_last_hidden_state(plain), example_input=pixels[:1])
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.compile_model(converted, "CPU", settings)
     return lambda pixels: compiled(pixels.numpy())[0]
@@ -429,25 +339,28 @@ def measure_peers(
     model, warnings_of = encoder.model, logging.getLogger("torch.onnx")
     wide = torch.promote_types(model.dtype, torch.float32)
     pixels = inference.normalize(crops, model.preprocess, wide).to(model.dtype)
-    peers = {"transformers": (transformers_peer, {})}
+    plain = Arithmetic("transformers", args.dtype, (args.allow_hf32, args.allow_hf32), plain=True)
+    peers = {"transformers": (transformers_peer, plain)}
     if model.device.kind == "npu":  # its defaults: tanh GELU, and float32 convolutions rounded to HF32
-        peers["as torch_npu leaves it"] = partial(transformers_peer, hf32_convolutions=True), {"exact_gelu": False}
+        left = dataclasses.replace(plain, hf32=(True, args.allow_hf32), as_left=True)
+        peers["as torch_npu leaves it"] = transformers_peer, left
     elif (model.device.kind, model.dtype) == ("cpu", torch.float32):
-        peers |= {"onnxruntime": (onnxruntime_peer, {}), "openvino": (openvino_peer, {})}
-    for name, (make, changes) in peers.items():
+        peers |= {"onnxruntime": (onnxruntime_peer, plain), "openvino": (openvino_peer, plain)}
+    for name, (make, arithmetic) in peers.items():
+        log.info(f"Taking turns with {name} ...")
         peer = None  # the one before must not stand in memory beside it
         try:
             with warnings.catch_warnings():  # exporters warn a dozen times about what they do not need
                 warnings.simplefilter("ignore")
                 warnings_of.setLevel(logging.ERROR)
-                peer = make(inference.load_as_asked(args, model.device, levers=(), **changes), pixels)
+                peer = make(arithmetic.load(args, model.device), arithmetic, pixels)
                 peer(pixels[:1].to(model.device.torch_device))
         except Exception as error:  # noqa: BLE001 (an exporter that is not installed, or fails on this model or version)
             yield {"peer": name, "unavailable": f"{type(error).__name__}: {inference.first_line(error)}"}
             continue
         for size in batch_sizes:
             turns = partial(take_turns, encoder, crops, peer, pixels, size, args.rounds)
-            yield {"peer": name, "batch_size": size} | or_out_of_memory(turns)
+            yield {"peer": name, "batch_size": size} | or_out_of_memory(encoder, turns)
 
 
 # --- on an NPU ---
@@ -465,84 +378,31 @@ def measure_power(encoder: Encoder, crops: torch.Tensor, batch_size: int, second
     return npu_watch.summarize_watch(lines, chip, images / spent)
 
 
-def measure_deterministic_cost(args: argparse.Namespace, device: inference.Device, batch_size: int) -> dict[str, Any]:
-    """Times of a run with --deterministic and without, each in a process of its own: it acts only before the first operator."""
-    given = {"args": json.loads(json.dumps(vars(args), default=str)), "batch_size": batch_size}
+def measure_deterministic_cost(args: argparse.Namespace, device: inference.Device, row: dict[str, Any]) -> dict[str, Any]:
+    """How many times as long as `row` --deterministic takes: in a process of its own, as it acts only at first use."""
+    batch = {"batch_size": row["batch_size"]}
+    given = batch | {"args": vars(args) | {"device": str(device.torch_device), "deterministic": True}}
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            times = [run_child("timed", Path(folder), device, deterministic=how, **given)[0] for how in (False, True)]
-    except UsageError as error:
-        return {"batch_size": batch_size, "unavailable": str(error)}
-    return {"batch_size": batch_size, "p50_s": times[0], "deterministic_p50_s": times[1], "ratio": times[1] / times[0]}
+        [seconds] = ask_child("import eval_performance; tell(eval_performance.median_time(given))", given, 1, 600)
+    except ChildError as error:
+        log.warning(f"What --deterministic costs is not known: {error}")
+        return batch | {"unavailable": str(error)}
+    return batch | {"p50_s": row["p50_s"], "deterministic_p50_s": seconds, "ratio": seconds / row["p50_s"]}
 
 
-# --- against the past ---
-
-
-def read_other(path: Path) -> dict[str, Any]:
-    """An earlier result. Raises UsageError if it is not one."""
-    try:
-        other = json.loads(path.read_text(encoding="utf-8"))
-        compare_rows([], other["results"])
-        return other
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--compare {path}: not a result of eval_performance.py ({inference.first_line(error)})") from error
-
-
-def compare_with(path: Path, other: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """Ratios per batch size, and what differs between the two runs' settings and environments."""
-    info = inference.read_record(path.with_name("env_info.json")) if "versions" not in other else {}
-
-    def describe(run: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:  # the published run names versions beside it
-        names = ("device", "dtype", "image_size", "warmup", "num_runs", "execution", "allow_hf32")
-        found = {name: run.get(name) for name in names}
-        found["device_name"] = run.get("device_name", beside.get("npu_model"))
-        for name in inference.versions():
-            found[name] = run.get("versions", {}).get(name, beside.get(f"{name}_version"))
-        return found | {"weights": run.get("weights", {}).get("source")}
-
-    here, there = describe(result, {}), describe(other, info)
-    return {
-        "file": inference.relative_to_root(path),
-        "rows": compare_rows(result["results"], other["results"]),
-        "differences": {key: [here[key], there[key]] for key in here if here[key] != there[key]},
-    }
+def median_time(given: dict[str, Any]) -> float:
+    """The child's part: seconds of a batch on a device that was opened as the arguments ask."""
+    args = argparse.Namespace(**given["args"])
+    model = inference.load_as_asked(args, inference.open_device(args.device, args.allow_hf32, args.deterministic))
+    encoder = Encoder(model, FEATURES, 1, args.execution)
+    return measure_row(encoder, sample_crops(model.preprocess), given["batch_size"], args)["p50_s"]
 
 
 # --- the evaluation ---
 
 
-@contextmanager
-def keeping(args: argparse.Namespace, result: dict[str, Any], rows: Sequence[Any]) -> Iterator[Callable[[], None]]:
-    """Gives a function that saves `result` as it is; whatever ends the block, that stays, and the last line says where.
-
-    The file is NAME_partial.json beside the whole result, which it never replaces; it goes when all is done.
-    """
-    path = args.results / f"{inference.result_name(f'{args.script}_partial', result['device'])}.json"
-
-    def keep() -> str:
-        words = "nothing was measured yet"
-        if rows:
-            inference.write_json(path, result)
-            words = f"what was measured so far ({len(rows)} rows) is in {inference.relative_to_root(path)}"
-        inference.stopping.last_words = f"stopped; {words}"
-        return words
-
-    try:
-        yield keep
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; {keep()}") from None
-    except UsageError as error:
-        raise UsageError(f"{error}; {keep()}") from error
-    except Exception as error:
-        raise RuntimeError(f"{type(error).__name__}: {inference.first_line(error)}; {keep()}") from error
-    path.unlink(missing_ok=True)
-
-
 def evaluate(args: argparse.Namespace, device: inference.Device) -> int:
     """Measure, log, write the result, and return the exit code. Whatever ends it early, the rows so far are kept."""
-    compare_path = Path(args.compare) if args.compare else PUBLISHED if device.kind == "npu" else None
-    other = read_other(compare_path) if compare_path else None
     model = inference.load_from_args(args, device)
     encoder = Encoder(model, FEATURES, 1, args.execution)
     log.info(f"Image size: {model.preprocess.image_size}, Batch sizes: {args.batch_sizes}")
@@ -553,25 +413,19 @@ def evaluate(args: argparse.Namespace, device: inference.Device) -> int:
         "image_size": model.preprocess.image_size,
         "warmup": args.warmup,
         "num_runs": args.num_runs,
-        "execution": args.execution,
-        "partial": True,
         "gflop_per_image": flop_per_image(model) / 1e9,
         "results": [],
-        **dict.fromkeys(("limit", "power", "deterministic_cost", "peers", "end_to_end", "comparison", "execution_fallback")),
+        **dict.fromkeys(("limit", "power", "deterministic_cost", "peers", "end_to_end")),
         **inference.provenance(args, model),
     }
-    with keeping(args, result, result["results"]) as keep:
-        for _step in measure(encoder, args, result):
-            keep()
-    if other is not None:
-        result["comparison"] = compare_with(compare_path, other, result)
-        log_comparison(result["comparison"])
-    inference.write_result(args, result | {"partial": False})
+    with keeping(args, result) as keep:
+        measure(encoder, args, result, keep)
+    inference.write_result(args, result)
     return 0
 
 
-def measure(encoder: Encoder, args: argparse.Namespace, result: dict[str, Any]) -> Iterator[None]:
-    """Fill `result` in place, a step at a time, so that whatever ends it finds what there is."""
+def measure(encoder: Encoder, args: argparse.Namespace, result: dict[str, Any], keep: Callable[..., None]) -> None:
+    """Fill `result`, and keep it after each step."""
     device, crops = encoder.model.device, sample_crops(encoder.model.preprocess)
     others = npu_watch.others_on(npu_watch.chip_of(device)) if device.kind == "npu" else []
     if others:
@@ -579,43 +433,40 @@ def measure(encoder: Encoder, args: argparse.Namespace, result: dict[str, Any]) 
     result["other_processes"] = others
     for batch_size in args.batch_sizes:
         log.info(f"--- Batch size: {batch_size} ---")
-        result["results"].append(measure_row(encoder, crops, batch_size, args))
-        log_row(result["results"][-1], device.kind)
-        result["execution"], result["execution_fallback"] = encoder.execution, encoder.fallback
-        yield
-    fitting = {row["batch_size"]: row["throughput_img_s"] for row in result["results"] if "throughput_img_s" in row}
+        row = or_out_of_memory(encoder, partial(measure_row, encoder, crops, batch_size, args))
+        log_row(row, device.kind)
+        result["results"].append({"batch_size": batch_size, "image_size": result["image_size"]} | row)
+        keep(execution=encoder.execution, execution_fallback=encoder.fallback)
+    fitting = [row for row in result["results"] if "throughput_img_s" in row]
     if not fitting:
         raise UsageError(f"out of memory at every batch size of {args.batch_sizes}; try a smaller one, or --dtype float16")
     log.info("Measuring the limit ...")
-    # The products stand beside the forward pass in memory, and may need to be of a smaller batch.
-    limit = partial(measure_limit, encoder, crops, list(fitting), args.rounds, result["gflop_per_image"])
-    result["limit"] = halving(limit, max(fitting))
-    add_shares(result)
+    sizes = [row["batch_size"] for row in fitting]
+    limit, largest = {"out_of_memory": True}, 2 * max(sizes)
+    while "out_of_memory" in limit and largest > 1:  # the products stand beside the forward pass in memory
+        largest //= 2
+        products = partial(measure_limit, encoder, crops, sizes, args.rounds, result["gflop_per_image"], largest)
+        limit = or_out_of_memory(encoder, products)
+    for row, turn in zip(fitting, limit.get("turns", ()), strict=False):
+        row["tflops"] = row["throughput_img_s"] * result["gflop_per_image"] / 1e3
+        row["share_of_limit_percent"] = turn["share_of_limit_percent"]
+    keep(limit=limit)
     if device.kind == "npu":
-        best = max(fitting, key=fitting.get)
-        result["power"] = measure_power(encoder, crops, best)
-        result["deterministic_cost"] = measure_deterministic_cost(args, device, best)
-    log_summary(result)
-    yield
+        best = max(fitting, key=lambda row: row["throughput_img_s"])
+        keep(power=measure_power(encoder, crops, best["batch_size"]))
+        keep(deterministic_cost=measure_deterministic_cost(args, device, best))
+    log.info(f"=== Performance Summary ==={' (random weights)' if result['weights']['source'] == 'random' else ''}")
+    inference.log_table(ROW_COLUMNS, rows(result))
+    inference.log_table(LIMIT_COLUMNS, limit_rows(result))
     result["peers"] = []
-    for row in measure_peers(encoder, crops, args, list(fitting)):
+    for row in measure_peers(encoder, crops, args, sizes):
         result["peers"].append(row)
-        log_peer(row)
-        yield
+        keep()
+    inference.log_table(PEER_COLUMNS, peer_rows(result))
     if args.end_to_end:
         encoder.release()
-        result["end_to_end"] = {}
-        yield from measure_end_to_end(encoder.model, args, crops, result["end_to_end"])
+        measure_end_to_end(encoder.model, args, keep)
         log_end_to_end(result)
-
-
-def add_shares(result: dict[str, Any]) -> None:
-    """Add to each row the rate of arithmetic that it reached, and the share of the limit."""
-    shares = {turn["batch_size"]: turn["share_of_limit_percent"] for turn in result["limit"]["turns"]}
-    for row in result["results"]:
-        if "throughput_img_s" in row:
-            row["tflops"] = row["throughput_img_s"] * result["gflop_per_image"] / 1e3
-            row["share_of_limit_percent"] = shares[row["batch_size"]]
 
 
 def log_row(row: dict[str, Any], kind: str) -> None:
@@ -623,53 +474,9 @@ def log_row(row: dict[str, Any], kind: str) -> None:
     if row.get("out_of_memory"):
         log.warning(f"Out of memory: {row['reason']}")
         return
-    runs = len(row["raw_times_s"])
-    few = f" ({runs} runs; a P95 needs {runs_for(95)})" if runs < runs_for(95) else ""
+    few = f" (a P95 needs {EARNED_BY[95]} runs)" if len(row["raw_times_s"]) < EARNED_BY[95] else ""
     log.info(f"Mean: {row['mean_time_s']:.4f}s, P50: {row['p50_s']:.4f}s, P95: {row['p95_s']:.4f}s{few}")
     log.info(f"Throughput: {row['throughput_img_s']:.2f} img/s, {MEMORY_LABELS[kind]}: {row[MEMORY_KEYS[kind]]:.1f} MiB")
-    if row["launch_bound"]:
-        log.info(f"Launch-bound: the host takes {1e3 * row['enqueue_s']:.2f} ms of it to queue the work, and the device waits")
-    if row["unsteady"]:
-        log.warning(f"Unsteady: times spread by more than {UNSTEADY:.0%}; something else was at work on this machine")
-
-
-def log_summary(result: dict[str, Any]) -> None:
-    """The published table, with the limit beside it."""
-    log.info(f"=== Performance Summary ==={' (random weights)' if result['weights']['source'] == 'random' else ''}")
-    inference.log_table(ROW_COLUMNS, rows(result))
-    inference.log_table(LIMIT_COLUMNS, limit_rows(result))
-    if power := result["power"]:
-        told = f"{power['watts']:.1f} W for the whole card, {power['joules_per_image']:.3f} J an image"
-        log.info(f"Power: {told} at {power['images_per_s']:.2f} img/s ({power['samples']} samples of npu-smi)")
-    if cost := result["deterministic_cost"]:
-        told = f"{cost['ratio']:.3f} times as long" if "ratio" in cost else f"(not measured: {cost['unavailable']})"
-        log.info(f"--deterministic takes {told} at batch size {cost['batch_size']}")
-
-
-def log_peer(row: dict[str, Any]) -> None:
-    if "speed_ratio" not in row:
-        log.info(f"Against {row['peer']}: not measured ({row.get('unavailable') or row['reason']})")
-        return
-    ours = f"this bundle {row['bundle_throughput_img_s']:.2f}, {row['speed_ratio']:.3f} times as fast"
-    rates = f"{row['throughput_img_s']:.2f} img/s, {ours} (median of {row['rounds']} turns)"
-    log.info(f"Against {row['peer']}, batch size {row['batch_size']}: {rates}")
-
-
-def log_comparison(comparison: dict[str, Any]) -> None:
-    log.info(f"Against {comparison['file']}:")
-    for row in comparison["rows"]:
-        there = f"there {row['other_throughput_img_s']:.2f}: {row['ratio']:.3f} times"
-        log.info(f"Batch size {row['batch_size']}: {row['throughput_img_s']:.2f} img/s, {there}")
-    for key, (here, there) in comparison["differences"].items():
-        log.info(f"Differs: {key} is {here}, there {there}")
-
-
-def positive_float(text: str) -> float:
-    """An argparse type."""
-    with suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
 
 
 def make_parser() -> inference.ArgumentParser:
@@ -687,7 +494,6 @@ def make_parser() -> inference.ArgumentParser:
     add("--megapixels", nargs=2, type=positive_float, default=[0.2, 12], metavar=("LOW", "HIGH"), help=sizes)
     length = f"of a turn through the folder (default: until fixed costs are {FIXED_SHARE:.0%}% of it)"
     add("--turn_seconds", type=positive_float, metavar="S", help=length)
-    add("--compare", metavar="FILE", help="an earlier result to compare with (default on an NPU: the published run)")
     inference.add_model_arguments(parser)
     return parser
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import statistics
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -44,20 +43,18 @@ def watching(chip: tuple[str, str]) -> Iterator[list[dict[str, str]]]:
     """A list that holds, once the block has ended, a line of `npu-smi info watch` for each second; empty without npu-smi."""
     lines: list[dict[str, str]] = []
     command = ["npu-smi", "info", "watch", "-i", chip[0], "-d", "1", "-s", "pta"]
-    if shutil.which("stdbuf"):  # into a file it would write only when its buffer is full
+    if shutil.which("stdbuf"):  # into a pipe it would write only when its buffer is full
         command = ["stdbuf", "-oL", *command]
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = None
-        with suppress(OSError):
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
-        try:
-            yield lines
-        finally:
-            if process is not None:
-                process.kill()
-                process.wait()
-        output.seek(0)
-        lines += parse_watch(output.read())
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace")
+    except OSError:
+        yield lines
+        return
+    try:
+        yield lines
+    finally:
+        process.kill()
+        lines += parse_watch(process.communicate()[0])
 
 
 def parse_watch(text: str) -> list[dict[str, str]]:

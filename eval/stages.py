@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def arithmetics(device: Device) -> list[Arithmetic]:
     """What --sweep goes through. Rounded float32 exists on accelerators only."""
     found = [Arithmetic("float32, strict")]
     if device.kind != "cpu":
-        library, rounding = {"npu": ("torch_npu", "HF32")}.get(device.kind, ("torch", "TF32"))
+        library, rounding = ("torch_npu", "HF32") if device.kind == "npu" else ("torch", "TF32")
         found.append(Arithmetic(f"float32, as {library} leaves it", hf32=(True, False), plain=True, as_left=True))
         found.append(Arithmetic(f"float32, {rounding} allowed", hf32=(True, True)))
     found += [Arithmetic("float16", "float16"), Arithmetic("bfloat16", "bfloat16")]
@@ -117,116 +117,75 @@ def check_invariance(model: LoadedModel, arithmetic: Arithmetic, crops: torch.Te
         "batch_size": len(crops),
         "batch_invariance_relative_l2_error": float(np.max([relative_l2(a, b) for a, b in zip(alone, together, strict=True)])),
         "repeatable_bit_for_bit": bool(np.array_equal(together, again, equal_nan=True)),
-        "repeatability_relative_l2_error": float(np.max([relative_l2(a, b) for a, b in zip(again, together, strict=True)])),
     }
 
 
 # --- stages: what each block inherits, and what it adds ---
 
 
-@dataclass
-class Trace:
-    """Per stage: the state [N, T, D] that it leaves, what it adds by itself, and how far the layer's sum is off, [N, T]."""
+def trace(
+    model: LoadedModel, arithmetic: Arithmetic, crops: torch.Tensor, feed: dict[str, np.ndarray] | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The state [N, T, D] that each stage leaves, and what the next part is given: the same, or that of `feed`."""
+    module, states, given = model.module, {}, {}
 
-    states: dict[str, np.ndarray] = field(default_factory=dict)
-    own: dict[str, np.ndarray] = field(default_factory=dict)
-    sums: dict[str, np.ndarray] = field(default_factory=dict)
+    def leave(stage: str, found: torch.Tensor) -> torch.Tensor:
+        fed = found if feed is None else torch.from_numpy(feed[stage]).to(found)
+        states[stage], given[stage] = _to_numpy(found), _to_numpy(fed)
+        return fed
 
+    def before(part: torch.nn.Module, stage: str) -> Any:
+        return part.register_forward_pre_hook(lambda _part, inputs: (leave(stage, inputs[0]), *inputs[1:]))
 
-class Tracer:
-    """Hooks on the parts of transformers' ViT. With `feed`, states by stage, each part gets those in place of its input."""
-
-    def __init__(self, module: torch.nn.Module, feed: dict[str, np.ndarray] | None = None) -> None:
-        self.trace, self.feed, self.hooks = Trace(), feed, []
-        embeddings, before = module.embeddings, "position embedding"
-        self._after(embeddings.patch_embeddings, state="patch embedding", own="patch embedding", replace=True)
-        self._after(embeddings, state=before, own=before)
-        for number, layer in enumerate(inference.layers_of(module), 1):
-            attention, mlp = f"layer {number} attention", f"layer {number} MLP"
-            self._before(layer, before)
-            self._after(layer.attention, own=attention)
-            self._before(layer.layernorm_after, attention, state=attention)
-            # transformers 5 has a module for the MLP; in 4 the last linear layer leaves what it adds.
-            self._after(layer.mlp if hasattr(layer, "mlp") else layer.output.dense, own=mlp)
-            self._after(layer, state=mlp, sums=(before, attention))
-            before = mlp
-        self._before(module.layernorm, before)
-        self._after(module.layernorm, state="final norm", own="final norm")
-        if getattr(module, "pooler", None) is not None:
-            self._before(module.pooler, "final norm")
-            self._after(module.pooler, state="pooler", own="pooler")
-
-    def _fed(self, stage: str, like: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.feed[stage]).to(like.dtype).to(like.device)
-
-    def _before(self, part: torch.nn.Module, stage: str, state: str | None = None) -> None:
-        """Feed `part` what `stage` leaves; its own input is the state that `state` leaves."""
-
-        def hook(_part: Any, inputs: tuple) -> tuple | None:
-            if state is not None:
-                self.trace.states[state] = _to_numpy(inputs[0])
-            return None if self.feed is None else (self._fed(stage, inputs[0]), *inputs[1:])
-
-        self.hooks.append(part.register_forward_pre_hook(hook))
-
-    def _after(
-        self,
-        part: torch.nn.Module,
-        state: str | None = None,
-        own: str | None = None,
-        replace: bool = False,
-        sums: tuple[str, str] | None = None,
-    ) -> None:
-        """Keep the output as a state or as a stage's own work; `sums`: stages whose parts it should add up to."""
-
-        def hook(_part: Any, _inputs: tuple, output: Any) -> torch.Tensor | None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            found = _to_numpy(tensor).reshape(len(tensor), *(tensor.shape[1:-1] or (1,)), -1)
-            if own is not None:
-                self.trace.own[own] = found
-            if state is not None:
-                self.trace.states[state] = found
-            if sums is not None and self.feed is not None:
-                start, attention = sums
-                parts = _to_numpy(self._fed(start, tensor)), self.trace.own[attention], self.trace.own[state]
-                self.trace.sums[state] = token_errors(found, sum(map(np.float64, parts)))
-            return self._fed(state, tensor) if replace and self.feed is not None else None
-
-        self.hooks.append(part.register_forward_hook(hook))
-
-
-def trace(model: LoadedModel, arithmetic: Arithmetic, crops: torch.Tensor, feed: dict[str, np.ndarray] | None = None) -> Trace:
-    """Run crops through the model and keep what every stage leaves and adds."""
-    tracer = Tracer(model.module, feed)
+    hooks = [module.embeddings.patch_embeddings.register_forward_hook(lambda _, __, output: leave("patch embedding", output))]
+    last = "position embedding"
+    for number, layer in enumerate(inference.layers_of(module), 1):
+        hooks += [before(layer, last), before(layer.layernorm_after, f"layer {number} attention")]
+        last = f"layer {number} MLP"
+    hooks.append(before(module.layernorm, last))
+    if getattr(module, "pooler", None) is not None:
+        hooks.append(before(module.pooler, "final norm"))
     crops = crops.to(model.device.torch_device)
     try:
         with arithmetic.active(model.device):
-            inference.forward(model, crops)
+            outputs = inference.forward(model, crops)
     finally:
-        for hook in tracer.hooks:
+        for hook in hooks:
             hook.remove()
+    states["final norm"] = _to_numpy(outputs.hidden)
+    if outputs.pooler is not None:
+        states["pooler"] = _to_numpy(outputs.pooler)[:, None]
     if "folded_patches" not in model.levers:  # there the patch embedding takes raw pixels
         wide = torch.promote_types(model.dtype, torch.float32)
         pixels = _to_numpy(inference.normalize(crops, model.preprocess, wide))
-        tracer.trace.states["pixels"] = tracer.trace.own["pixels"] = pixels.reshape(*pixels.shape[:2], -1)
-    return tracer.trace
+        states["pixels"] = pixels.reshape(*pixels.shape[:2], -1)
+    return states, given
+
+
+def added(states: dict[str, np.ndarray], given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The halves of a layer add to the state before them: attention to what it was given, the MLP to what attention left."""
+    gains, start = dict(states), given["position embedding"]
+    for stage, state in states.items():
+        if stage.startswith("layer"):
+            gains[stage] = state.astype(np.float64) - start
+            start = given[stage] if stage.endswith("MLP") else state
+    return gains
 
 
 @dataclass
 class Stages:
-    """The golden run's states and own work on a few crops, and the own error per token of plain float32 beside them."""
+    """On a few crops, the golden run's states, what each stage adds to them, and plain float32's own error per token."""
 
     crops: torch.Tensor
-    golden: Trace
+    golden: dict[str, np.ndarray]
     feed: dict[str, np.ndarray]
-    fed: Trace
-    plain: dict[str, np.ndarray] = field(default_factory=dict)
+    gains: dict[str, np.ndarray]
+    plain: dict[str, np.ndarray]
 
-    def own_errors(self, model: LoadedModel, arithmetic: Arithmetic) -> tuple[dict[str, np.ndarray], Trace]:
-        """A model's own error of each stage, [N, T], and its trace."""
-        found = trace(model, arithmetic, self.crops, self.feed)
-        errors = {name: token_errors(values, self.fed.own[name]) for name, values in found.own.items()}
-        return {name: np.maximum(error, found.sums.get(name, 0.0)) for name, error in errors.items()}, found
+    def own_errors(self, model: LoadedModel, arithmetic: Arithmetic) -> dict[str, np.ndarray]:
+        """A model's own error of each stage, [N, T]."""
+        gains = added(*trace(model, arithmetic, self.crops, self.feed))
+        return {name: token_errors(values, self.gains[name]) for name, values in gains.items()}
 
 
 def prepare_stages(golden: LoadedModel, plain: LoadedModel, crops: torch.Tensor) -> Stages | None:
@@ -236,10 +195,10 @@ def prepare_stages(golden: LoadedModel, plain: LoadedModel, crops: torch.Tensor)
         return None
     log.info("Running every block of float64 on its own input ...")
     crops = crops[:STAGE_IMAGES]
-    whole = trace(golden, GOLDEN, crops)
-    feed = {name: values.astype(np.float32) for name, values in whole.states.items()}
-    stages = Stages(crops, whole, feed, trace(golden, GOLDEN, crops, feed))
-    stages.plain = stages.own_errors(plain, PLAIN)[0]
+    states, _ = trace(golden, GOLDEN, crops)
+    feed = {name: values.astype(np.float32) for name, values in states.items()}
+    stages = Stages(crops, states, feed, added(*trace(golden, GOLDEN, crops, feed)), {})
+    stages.plain = stages.own_errors(plain, PLAIN)
     return stages
 
 
@@ -247,19 +206,16 @@ def measure_stages(stages: Stages | None, model: LoadedModel, arithmetic: Arithm
     """Inherited and own error of each stage, in the order of the forward pass."""
     if stages is None:
         return []
-    found, (own, _) = trace(model, arithmetic, stages.crops), stages.own_errors(model, arithmetic)
+    found, own = trace(model, arithmetic, stages.crops)[0], stages.own_errors(model, arithmetic)
     rows = []
-    for name in dict.fromkeys(("pixels", *stages.golden.states)):
-        if name not in found.states:
-            continue
-        truth, value = stages.golden.states[name], found.states[name]
+    for name in (name for name in dict.fromkeys(("pixels", *stages.golden)) if name in found):
+        truth, value = stages.golden[name], found[name]
         tokens, plain = token_errors(value, truth), stages.plain[name]
-        finite = bool(np.isfinite(tokens).all())
         row = {
             "stage": name,
             "relative_l2_error": relative_l2(value, truth),
             "median_token_relative_l2_error": float(np.median(tokens)),
-            "p99_token_relative_l2_error": float(np.percentile(tokens, 99)) if finite else math.inf,
+            "p99_token_relative_l2_error": float(np.percentile(tokens, 99)) if np.isfinite(tokens).all() else math.inf,
             "own_relative_l2_error": float(np.median(own[name])),
             "own_worst_token_relative_l2_error": float(np.max(own[name])),
             "float32_own_relative_l2_error": float(np.median(plain)),

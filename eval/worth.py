@@ -16,10 +16,10 @@ import numpy as np
 from inference import Column, LoadedModel, log, torch
 from PIL import Image, ImageOps
 
+from common import FEATURES
 from measures import LABELS, relative_l2
 from stages import PLAIN, Arithmetic, outputs_of
 
-FEATURES = ("class_token", "mean_patch_token")
 TASK_KEPT = 0.999  # MLPerf's rule: 99.9% of float32's accuracy
 VIEWS, DIGITS, FEWEST = 120, 1797, 300
 SECONDS = 120.0  # of float32; what would take longer runs only when asked for
@@ -33,7 +33,6 @@ WORTH_COLUMNS = (
     Column("Digits", "数字图片数", "digits"),
     Column("Digits probe (%)", "数字线性探针（%）", "probe_percent", ".1f"),
     Column("float32's probe (%)", "float32 的探针（%）", "float32_probe_percent", ".1f"),
-    Column("Same answers (%)", "回答一致（%）", "same_answers_percent", ".1f"),
     Column("Task", "任务精度", "task"),
 )
 
@@ -80,7 +79,7 @@ class Task:
     views: torch.Tensor
     digits: torch.Tensor
     labels: np.ndarray
-    notes: dict[str, str]
+    note: str  # why there is no probe
     baseline: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def features(self, model: LoadedModel, arithmetic: Arithmetic) -> dict[str, dict[str, np.ndarray]]:
@@ -116,37 +115,26 @@ def read_digits(count: int, preprocess: inference.Preprocess) -> tuple[torch.Ten
     return torch.from_numpy(np.stack(crops)), labels[:count]
 
 
-def how_many(args: argparse.Namespace, seconds: float) -> tuple[dict[str, int], dict[str, str]]:
-    """How many views and digits to run, by the flags or as fit the time, and why a check is not run."""
+def how_many(args: argparse.Namespace, seconds: float) -> tuple[int, int]:
+    """How many views and digits to run: by the flags, or as many as fit the time where an image takes `seconds`."""
     fit = int(SECONDS / max(seconds, 1e-9))
-    counts = {"views": VIEWS if fit >= VIEWS else 0, "probe": min(fit, DIGITS) if fit >= FEWEST else 0}
-    notes = {}
-    for name, least in (("views", VIEWS), ("probe", FEWEST)):
-        if getattr(args, name) is not None:
-            counts[name] = getattr(args, name)
-            if not counts[name]:
-                notes[name] = f"not run: --{name} 0"
-        elif not counts[name]:
-            notes[name] = f"not run: about {least * seconds:.0f} s in float32 here; --{name} {least} runs it"
-    return counts, notes
+    views = (VIEWS if fit >= VIEWS else 0) if args.views is None else args.views
+    digits = (min(fit, DIGITS) if fit >= FEWEST else 0) if args.probe is None else args.probe
+    return views, digits
 
 
 def prepare_task(args: argparse.Namespace, photos: Sequence[Image.Image], plain: LoadedModel, seconds: float) -> Task:
     """The images to use features on, and plain float32's features of them; `seconds` is what it takes for an image."""
-    counts, notes = how_many(args, seconds)
-    views, digits, labels = torch.empty(0), torch.empty(0), np.empty(0)
-    if counts["views"]:
-        views = make_views(photos, counts["views"], plain.preprocess)
-    if counts["probe"]:
+    task = Task(torch.empty(0), torch.empty(0), np.empty(0), f"not run; --views {VIEWS} --probe {FEWEST} runs it")
+    views, digits = how_many(args, seconds)
+    if views:
+        task.views = make_views(photos, views, plain.preprocess)
+    if digits:
         try:
-            digits, labels = read_digits(counts["probe"], plain.preprocess)
+            task.digits, task.labels = read_digits(digits, plain.preprocess)
         except ImportError:
-            notes["probe"] = "not run: pip install scikit-learn"
-    for name, note in notes.items():
-        log.info(f"Worth, {name}: {note}")
-    task = Task(views, digits, labels, notes)
-    if len(views) or len(digits):
-        log.info(f"Running plain float32 inference on {len(views)} views and {len(digits)} digits ...")
+            task.note = "not run: pip install scikit-learn"
+    log.info(f"Running plain float32 on {len(task.views)} views and {len(task.digits)} digits, {seconds:.2g} s each ...")
     task.baseline = task.features(plain, PLAIN)
     return task
 
@@ -154,7 +142,7 @@ def prepare_task(args: argparse.Namespace, photos: Sequence[Image.Image], plain:
 def measure_worth(task: Task, model: LoadedModel, arithmetic: Arithmetic) -> dict[str, Any]:
     """What a model's features are worth beside plain float32's. With random weights it is run, and means nothing."""
     found = task.features(model, arithmetic)
-    result: dict[str, Any] = {"views": len(task.views), "digits": len(task.digits), "notes": task.notes}
+    result: dict[str, Any] = {"views": len(task.views), "digits": len(task.digits)}
     for name in FEATURES:
         result[name] = {}
         if "views" in found:
@@ -166,15 +154,12 @@ def measure_worth(task: Task, model: LoadedModel, arithmetic: Arithmetic) -> dic
             ours, theirs = (linear_probe(who["digits"][name], task.labels) for who in (found, task.baseline))
             result[name]["probe_percent"] = 100 * float((ours == task.labels).mean())
             result[name]["float32_probe_percent"] = 100 * float((theirs == task.labels).mean())
-            result[name]["same_answers_percent"] = 100 * float((ours == theirs).mean())
-    return result | {"task": verdict_of(result, model.weights.source == "random")}
+    verdict = verdict_of(result["class_token"], model.weights.source == "random") if len(task.digits) else task.note
+    return result | {"task": verdict}
 
 
-def verdict_of(worth: dict[str, Any], is_random: bool) -> str:
+def verdict_of(found: dict[str, Any], is_random: bool) -> str:
     """Whether the probe on the class token, as most users use it, keeps 99.9% of float32's accuracy."""
-    found = worth["class_token"]
-    if "probe_percent" not in found:
-        return worth["notes"].get("probe", "not run")
     verdict = "kept" if found["probe_percent"] >= TASK_KEPT * found["float32_probe_percent"] else "lost"
     return f"{verdict} (random weights: means nothing)" if is_random else verdict
 

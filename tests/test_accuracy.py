@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import inference
 import numpy as np
@@ -101,7 +102,6 @@ def test_metrics_agree_with_hand_computed_values():
         "mean_absolute_error": pytest.approx(1.4 / 4),
     }
     assert result["relative_l2_error"] == pytest.approx(math.sqrt((0.16 + 1) / 26))
-    assert result["relative_l2_error_percent"] == pytest.approx(100 * math.sqrt(1.16 / 26))
     assert result["cosine_similarity"] == pytest.approx((9 + 17.6 + 2) / math.sqrt((9 + 19.36 + 4) * 26))
     assert result["worst_token_relative_l2_error"] == pytest.approx(1.0)
     assert result["median_token_relative_l2_error"] == pytest.approx((0.08 + 1.0) / 2)
@@ -133,13 +133,12 @@ def test_a_cosine_never_exceeds_one():
     assert metrics(-numbers, numbers, 1, 0.9)["cosine_similarity"] == pytest.approx(-1.0, abs=1e-15)
 
 
-def test_the_worst_image_and_token_are_found_among_good_ones():
+def test_the_worst_token_is_found_among_good_ones():
     reference = np.ones((3, 5, 4))
     value = reference.copy()
     value[1, 2] *= 1.5
     result = metrics(value, reference, 1.0, 0.9999)
     assert result["worst_token_relative_l2_error"] == pytest.approx(0.5)
-    assert result["worst_image_relative_l2_error"] == pytest.approx(0.5 / math.sqrt(5))
     assert result["median_token_relative_l2_error"] == 0.0
 
 
@@ -293,20 +292,24 @@ def test_views_differ_and_are_the_same_on_every_run():
 
 
 def test_random_weights_are_run_and_marked_meaningless():
-    found = {"class_token": {"probe_percent": 50.0, "float32_probe_percent": 50.0}, "notes": {}}
+    found = {"probe_percent": 50.0, "float32_probe_percent": 50.0}
     assert worth.verdict_of(found, False) == "kept"
     assert worth.verdict_of(found, True) == "kept (random weights: means nothing)"
-    found["class_token"]["probe_percent"] = 49.94
-    assert worth.verdict_of(found, False) == "lost"
+    assert worth.verdict_of(found | {"probe_percent": 49.94}, False) == "lost"
 
 
-def test_what_takes_too_long_is_not_run_unless_asked_for():
-    parse = eval_accuracy.make_parser().parse_args
-    counts, notes = worth.how_many(parse([]), 1.0)
-    assert counts == {"views": 120, "probe": 0}
-    assert notes == {"probe": "not run: about 300 s in float32 here; --probe 300 runs it"}
-    assert worth.how_many(parse([]), 0.1) == ({"views": 120, "probe": 1200}, {})
-    assert worth.how_many(parse(["--probe", "500"]), 1.0)[0]["probe"] == 500
+@pytest.mark.parametrize(
+    ("flags", "seconds", "expected"),
+    [
+        ((), 1.0, (120, 0)),
+        ((), 0.1, (120, 1200)),
+        ((), 1.1, (0, 0)),
+        ((), 1e-6, (120, 1797)),
+        (("--probe", "500"), 1.0, (120, 500)),
+    ],
+)
+def test_what_takes_too_long_is_not_run_unless_asked_for(flags, seconds, expected):
+    assert worth.how_many(eval_accuracy.make_parser().parse_args(flags), seconds) == expected
 
 
 def test_without_scikit_learn_the_probe_says_what_to_install(evaluate, monkeypatch):
@@ -486,7 +489,7 @@ def test_hf32_is_found_and_traced_to_the_patch_embedding(npu, evaluate):
     assert done.result["faithful"] is False
     assert done.result["last_hidden_state"]["relative_l2_error"] >= 1e-5
     assert done.result["starts_at"] == "patch embedding"
-    assert done.result["golden"]["last_hidden_state"]["device_to_reference_ratio"] > 10
+    assert done.result["yardsticks"]["last_hidden_state"]["rmse_ratio"] > 10
     assert done.result["yardsticks"]["last_hidden_state"]["same"] is False
     assert done.result["yardsticks"]["last_hidden_state"]["class"] == "none"
 
@@ -592,7 +595,7 @@ def test_one_bad_image_among_good_ones_fails(npu, evaluate, damage):
     done = evaluate()
     assert done.code == 1
     assert done.result["last_hidden_state"]["worst_token_pass"] is False
-    assert done.result["images"][2]["last_hidden_state"] > 10 * done.result["images"][1]["last_hidden_state"]
+    assert done.result["last_hidden_state"]["median_token_relative_l2_error"] < 1e-6
 
 
 def test_an_image_that_changes_in_company_is_reported(npu, evaluate, damage):
@@ -606,14 +609,12 @@ def test_bits_that_vary_from_run_to_run_are_reported(npu, evaluate):
     npu.machine.faults.add("nondeterministic")
     invariance = evaluate().result["invariance"]
     assert invariance["repeatable_bit_for_bit"] is False
-    assert 0 < invariance["repeatability_relative_l2_error"] < 1e-5
 
 
 def test_bfloat16_over_the_bar_fails(npu, evaluate):
     done = evaluate("--dtype", "bfloat16", "--threshold_percent", "0.2")
-    error = done.result["last_hidden_state"]["relative_l2_error_percent"]
-    assert error > 0.2
-    assert (done.code, done.result["overall"], done.result["faithful"]) == (1, "FAIL", None)
+    assert done.result["last_hidden_state"]["relative_l2_error"] > 0.002
+    assert (done.code, done.result["overall"], done.result["faithful"]) == (1, "FAIL", False)
     assert {"Hidden: relative L2", "Hidden: worst token"} <= set(done.result["misses"])
     assert "Hidden: relative L2" in done.log.split("Over their bars: ")[1]
     assert done.result["yardsticks"]["last_hidden_state"]["rmse_ratio"] == pytest.approx(
@@ -645,7 +646,7 @@ def test_a_trained_pooler_counts(npu, evaluate, damage):
 
 
 def test_the_sweep_compares_every_arithmetic_and_recommends_the_fastest_within_the_bar(npu, evaluate):
-    done = evaluate("--sweep")
+    done = evaluate("--sweep", "--image_path", SAMPLES / "chelsea.jpg", SAMPLES / "coffee.jpg")
     rows = {row["arithmetic"]: row for row in done.result["sweep"]}
     strict, left, rounded = "float32, strict", "float32, as torch_npu leaves it", "float32, HF32 allowed"
     assert list(rows) == [strict, left, rounded, "float16", "bfloat16", "bfloat16 autocast"]
@@ -655,7 +656,7 @@ def test_the_sweep_compares_every_arithmetic_and_recommends_the_fastest_within_t
     assert errors[rounded] > 1e-5 and "layer 1 attention" in rows[rounded]["begins_at"]
     kept = [row for row in rows.values() if row["overall"] == "PASS"]
     assert done.result["recommended"] == max(kept, key=lambda row: row["throughput_img_s"])["arithmetic"]
-    assert (rows[strict]["faithful"], rows[left]["faithful"], rows["float16"]["faithful"]) == (True, False, None)
+    assert (rows[strict]["faithful"], rows[left]["faithful"], rows["float16"]["faithful"]) == (True, False, False)
     assert (
         rows["bfloat16"]["smallest_bar_percent"]
         > rows["float16"]["smallest_bar_percent"]
@@ -663,13 +664,6 @@ def test_the_sweep_compares_every_arithmetic_and_recommends_the_fastest_within_t
     )
     assert (npu.module.conv.allow_hf32, npu.module.matmul.allow_hf32) == (False, False)
     assert re.search(r"float16 +\d\.\d\de-0\d +\d\.\d\de-0\d +\d\.\d{4} +PASS +patch embedding", done.log)
-
-
-@pytest.mark.parametrize("wanted", range(8))
-def test_bisection_finds_what_a_plain_search_finds(wanted):
-    asked = []
-    assert eval_accuracy.least(lambda number: asked.append(number) or number >= wanted, 7) == wanted
-    assert len(asked) <= 3
 
 
 def test_the_recipe_names_the_layers_that_must_stay_in_float32(evaluate):
@@ -724,30 +718,32 @@ def test_the_result_carries_the_published_keys_and_its_formulas(npu, evaluate):
         *(f"layer {number} {block}" for number in range(1, LAYERS + 1) for block in ("attention", "MLP")),
         *("final norm", "pooler"),
     ]
-    assert len(result["images"]) == 6
     assert result["reference"]["device"] == "cpu"
 
 
 TABLES = (
     (eval_accuracy.OUTPUT_COLUMNS, eval_accuracy.output_rows),
-    (eval_accuracy.STAGE_COLUMNS, eval_accuracy.stage_rows),
+    (stages.STAGE_COLUMNS, stages.stage_rows),
     (eval_accuracy.SWEEP_COLUMNS, eval_accuracy.sweep_rows),
-    (eval_accuracy.WORTH_COLUMNS, eval_accuracy.worth_rows),
+    (worth.WORTH_COLUMNS, worth.worth_rows),
     (eval_accuracy.YARDSTICK_COLUMNS, eval_accuracy.yardstick_rows),
     (eval_accuracy.RECIPE_COLUMNS, eval_accuracy.recipe_rows),
 )
 
 
-def test_a_whole_run_has_error_beside_worth_and_a_value_in_every_column(evaluate):
+def test_a_whole_run_has_error_beside_worth_and_a_value_in_every_column(evaluate, monkeypatch):
     pytest.importorskip("sklearn")
+    two = [stages.Arithmetic("float32, strict"), stages.Arithmetic("bfloat16", "bfloat16")]
+    monkeypatch.setattr(stages, "arithmetics", lambda device: two)
+    monkeypatch.setattr(inference, "default_batch_size", lambda device: 50)
     done = evaluate("--sweep", "--views", 100, "--probe", 100, device="cpu", folder=TRAINED)
     for row in done.result["sweep"]:
         assert (row["worth"]["views"], row["worth"]["digits"]) == (100, 100)
         assert row["worth"]["task"] in ("kept", "lost")
-    exact, half = done.result["sweep"][0]["worth"]["class_token"], done.result["sweep"][2]["worth"]["class_token"]
+    exact, half = (row["worth"]["class_token"] for row in done.result["sweep"])
     assert exact["same_nearest_percent"] == exact["same_five_nearest_percent"] == 100.0
     assert 70 <= half["same_nearest_percent"] < 100  # views so easy that nothing moves would tell nothing
-    assert half["centred_relative_l2_error"] > done.result["sweep"][2]["class_token_relative_l2_error"]
+    assert half["centred_relative_l2_error"] > done.result["sweep"][1]["class_token_relative_l2_error"]
     assert exact["float32_probe_percent"] > 30  # one in ten by chance
     assert done.result["worth"]["task"] == "kept"
     assert "Smallest bar that float32 meets: 0.0001%; task: kept" in done.log
@@ -796,14 +792,13 @@ def test_long_steps_say_how_far_they_are(npu, evaluate, monkeypatch):
     assert "float64: batch 3 of 3" in done.log
 
 
-def test_a_line_comes_each_time_ten_seconds_have_passed(monkeypatch, caplog):
-    clock = iter(range(0, 1000, 6))
+def test_a_line_comes_each_time_ten_seconds_have_passed(monkeypatch):
+    """Not by caplog: pytest hangs its handler on a logger that does not propagate too, and which test ran before decides."""
+    clock, told = iter(range(0, 1000, 6)), []
     monkeypatch.setattr(stages.time, "perf_counter", lambda: float(next(clock)))
-    monkeypatch.setattr(inference.log, "propagate", True)
-    with caplog.at_level("INFO", logger="webssl"):
-        assert list(stages.with_progress("CPU", "abcdefg")) == list("abcdefg")
+    monkeypatch.setattr(stages, "log", SimpleNamespace(info=told.append))
+    assert list(stages.with_progress("CPU", "abcdefg")) == list("abcdefg")
     # The clock moves on 6 s each time it is read: at each batch, and once more after a line.
-    told = list(dict.fromkeys(record.message for record in caplog.records))  # a test before may have left the handler twice
     assert told == [f"CPU: batch {number} of 7" for number in (2, 4, 6)]
 
 
@@ -821,7 +816,7 @@ def test_whatever_ends_a_run_what_was_measured_is_kept(evaluate, monkeypatch, er
     monkeypatch.setattr(eval_accuracy, "recommend", lambda rows: end() if len(rows) == 2 else None)
     done = evaluate("--sweep", device="cpu")
     assert done.code == code
-    partial = done.folder / "accuracy_eval_cpu_partial.json"
+    partial = done.folder / "accuracy_eval_partial_cpu.json"
     kept = json.loads(partial.read_text())
     assert kept["partial"] is True and kept["overall"] == "PASS"
     assert [row["arithmetic"] for row in kept["sweep"]] == ["float32, strict"]

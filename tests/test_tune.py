@@ -7,7 +7,6 @@ import os
 import shutil
 
 import inference
-import numpy as np
 import pytest
 import torch
 
@@ -15,24 +14,15 @@ import tune
 from conftest import SAMPLES, TESTS, run_script
 
 PHOTO = next(SAMPLES.glob("*.jpg"))
-EAGER = {"dtype": "float32", "allow_hf32": False, "execution": "eager", "without": [], "batch_size": 1}
-# What the simulated NPU of the children does beside its usual: bfloat16 hangs, a graph's replay ends the process.
-BROKEN = """
-import time
-replay, dispatch = npu_simulator.NPUGraph.replay, npu_simulator.dispatch
-def look(operator, args, kwargs):
-    if torch.bfloat16 in (kwargs.get("dtype"), *(getattr(arg, "dtype", arg) for arg in args)):
-        time.sleep(600)
-    return dispatch(operator, args, kwargs)
-npu_simulator.dispatch = look
-npu_simulator.NPUGraph.replay = lambda graph: os._exit(9)
-"""
+EAGER = {"dtype": "float32", "allow_hf32": False, "execution": "eager", "without": [], "batch_size": 1, "environment": {}}
+# What the simulated NPU of the children does beside its usual: a graph's replay ends the process.
+BROKEN = "npu_simulator.NPUGraph.replay = lambda graph: os._exit(9)"
 
 
 @pytest.fixture
 def broken_children(monkeypatch, tmp_path):
     code = f"import os, sys\nos.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'\nsys.path.insert(0, {str(TESTS)!r})\n"
-    (tmp_path / "sitecustomize.py").write_text(f"{code}import npu_simulator, torch\nnpu_simulator.install()\n{BROKEN}")
+    (tmp_path / "sitecustomize.py").write_text(f"{code}import npu_simulator\nnpu_simulator.install()\n{BROKEN}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
@@ -40,8 +30,8 @@ def broken_children(monkeypatch, tmp_path):
 def search_for(monkeypatch, run, tiny_folder):
     """Run tune.py with a search of these points alone."""
 
-    def run_search(points, *flags, device="cpu", environment=None):
-        monkeypatch.setattr(tune, "search", lambda kind, batch, levers, measure, rows: measure(points, environment or {}))
+    def run_search(points, *flags, device="cpu"):
+        monkeypatch.setattr(tune, "search", lambda kind, batch, levers, measure, rows: measure(points))
         common = ("--model_path", tiny_folder, "--device", device, "--seconds", 0.01)
         return run(*common, *flags, main=tune.main, name="tuned")
 
@@ -49,12 +39,6 @@ def search_for(monkeypatch, run, tiny_folder):
 
 
 # --- errors and picks ---
-
-
-def test_errors_are_over_all_tokens_and_of_the_worst_one():
-    reference = np.array([[[3.0, 4.0], [0.0, 10.0]]])
-    relative, worst = tune.errors(reference + np.array([[[0.0, 1.0], [0.0, 0.0]]]), reference)
-    assert (relative, worst) == (pytest.approx(1 / 125**0.5), pytest.approx(0.2))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +50,7 @@ def test_both_errors_must_be_within_the_bar(relative, worst, fits):
 
 def row(batch_size, seconds, error, within_bar=True, **changes):
     rate = batch_size / seconds
-    found = {"within_bar": within_bar, "status": "ok", "environment": {}, "median_time_s": seconds, "images_per_s": rate}
+    found = {"within_bar": within_bar, "status": "ok", "median_time_s": seconds, "images_per_s": rate}
     return EAGER | found | {"relative_l2_error": error, "batch_size": batch_size} | changes
 
 
@@ -79,14 +63,13 @@ def test_the_fastest_within_the_bar_are_picked():
     assert tune.pick([crashed, wrong]) == {"throughput": None, "latency": None, "faithful": None}
 
 
-def seconds_of(point, environment):
+def seconds_of(point):
     """A machine whose best is known: float16 in graphs, without fused attention, queue 1, affinity 2, batch size 128."""
     seconds = {"float32": 4.0, "bfloat16": 2.5, "float16": 2.0}[point["dtype"]] * (0.9 if point["allow_hf32"] else 1)
     seconds *= 0.5 if point["execution"] == "graph" else 1.0
     seconds *= 0.8 if point["without"] == ["fused_attention"] else 1.0
-    seconds *= {"1": 0.9}.get(environment.get("TASK_QUEUE_ENABLE"), 1.0) * {"2": 0.9}.get(
-        environment.get("CPU_AFFINITY_CONF"), 1.0
-    )
+    for variable, best in (("TASK_QUEUE_ENABLE", "1"), ("CPU_AFFINITY_CONF", "2")):
+        seconds *= 0.9 if point["environment"].get(variable) == best else 1.0
     return seconds * (point["batch_size"] + 10 + 0.001 * point["batch_size"] ** 2 / 2)
 
 
@@ -94,12 +77,11 @@ def seconds_of(point, environment):
 def test_the_search_finds_the_best_without_trying_everything(batch):
     rows, asked = [], []
 
-    def measure(points, environment):
+    def measure(points):
         for point in points:
-            asked.append(json.dumps([point, environment]))
+            asked.append(json.dumps(point))
             error = {"float32": 1e-4 if point["allow_hf32"] else 1e-6, "float16": 1e-3, "bfloat16": 0.05}[point["dtype"]]
-            found = row(point["batch_size"], seconds_of(point, environment), error, error < 0.01)
-            rows.append(found | point | {"environment": environment})
+            rows.append(row(point["batch_size"], seconds_of(point), error, error < 0.01) | point)
 
     tune.search("npu", batch, ("fused_attention", "folded_patches"), measure, rows)
     assert len(asked) == len(set(asked)) < 60
@@ -113,36 +95,52 @@ def test_the_search_finds_the_best_without_trying_everything(batch):
 # --- children ---
 
 
-def test_what_breaks_the_bar_crashes_or_hangs_is_a_row_and_not_an_end(npu, broken_children, search_for):
-    changes = [{}, {"dtype": "float16"}, {"execution": "graph"}, {"dtype": "bfloat16"}]
-    flags = ("--threshold_percent", 0.01, "--point_limit", 10)
-    done = search_for([EAGER | change for change in changes], *flags, device="npu")
+def test_what_breaks_the_bar_or_crashes_is_a_row_and_not_an_end(npu, broken_children, search_for):
+    points = [EAGER | change for change in ({"dtype": "float16"}, {"execution": "graph"}, {})]
+    done = search_for(points, "--threshold_percent", 0.01, device="npu")
     assert done.code == 0, done.terminal
-    good, wrong, crashed, hung = done.result["rows"]
+    wrong, crashed, good = done.result["rows"]
     assert (good["status"], good["within_bar"], good["device_name"]) == ("ok", True, npu.NAME)
     assert good["relative_l2_error"] < 2e-6
     assert (wrong["status"], wrong["within_bar"]) == ("ok", False)
     assert 1e-4 < wrong["relative_l2_error"] < 1e-2
     assert (crashed["status"], crashed["reason"].split(":")[0]) == ("crashed", "exit code 9")
-    assert (hung["status"], hung["reason"]) == ("hung", "no answer within 10 s")
     assert done.result["picks"] == {"throughput": good, "latency": good, "faithful": good}
-    assert [row["outcome"].split(",")[0] for row in tune.tuned_rows(done.result)] == [
-        "within the bar",
-        "misses the bar",
-        "crashed",
-        "hung",
-    ]
-    for line in ("crashed: {", "hung: {", "=== Tuning Summary ===", "--tuned latency: float32, eager, batch size 1"):
+    outcomes = [row["outcome"].split(",")[0] for row in tune.tuned_rows(done.result)]
+    assert outcomes == ["misses the bar", "crashed", "within the bar"]
+    picked = "--tuned latency: Arithmetic: float32, Execution: eager, Without: -, Environment: default, Batch: 1, "
+    for line in ("Outcome: crashed (exit code 9: ", "=== Tuning Summary ===", picked):
         assert line in done.log
     assert (done.folder / "tuned.json").exists()
 
 
-def test_memory_that_runs_out_and_what_cannot_be_loaded_are_rows(monkeypatch, tmp_path, cpu, tiny, tiny_folder):
+def test_each_environment_has_a_child_of_its_own_and_what_hangs_is_a_row(monkeypatch):
+    monkeypatch.setenv("TASK_QUEUE_ENABLE", "7")
+    asked = []
+
+    def ask_child(code, given, count, limit_s, environment):
+        asked.append(([point["batch_size"] for point in given["points"]], environment.get("TASK_QUEUE_ENABLE"), limit_s))
+        assert count == 1 + len(given["points"])
+        yield "ready"
+        for point in given["points"]:
+            if point["batch_size"] == 2:
+                raise tune.ChildError("hung", "no answer within 5 s")
+            yield {"status": "ok"}
+
+    monkeypatch.setattr(tune, "ask_child", ask_child)
+    queue = {"environment": {"TASK_QUEUE_ENABLE": "2"}}
+    points = [EAGER, EAGER | queue, *(EAGER | {"batch_size": size} for size in (2, 3)), EAGER | queue | {"batch_size": 4}]
+    rows = list(tune.measure_points({"args": {"point_limit": 5.0}, "variables": ["TASK_QUEUE_ENABLE"]}, points))
+    assert asked == [([1, 2, 3], None, 5.0), ([3], None, 5.0), ([1, 4], "2", 5.0)]
+    assert [(row["batch_size"], row["status"]) for row in rows] == [(1, "ok"), (2, "hung"), (3, "ok"), (1, "ok"), (4, "ok")]
+    assert (rows[1]["reason"], rows[3]["environment"]) == ("no answer within 5 s", {"TASK_QUEUE_ENABLE": "2"})
+
+
+def test_memory_that_runs_out_and_what_cannot_be_loaded_are_rows(monkeypatch, tmp_path, tiny_folder):
     args = tune.make_parser().parse_args(["--model_path", str(tiny_folder), "--device", "cpu", "--seconds", "0.01"])
-    tune.Points(args, cpu, tmp_path)
+    tune.save_reference(args, tmp_path / "reference.npy")
     points = [EAGER, EAGER | {"batch_size": 2}, EAGER | {"execution": "graph"}]
-    (tmp_path / "points.json").write_text(json.dumps({"args": vars(args) | {"device": "cpu"}, "points": points}))
-    real = tune.measure_point
+    real, told = tune.measure_point, []
 
     def scarce(model, point, reference, seconds):
         if point["batch_size"] == 2:
@@ -150,28 +148,25 @@ def test_memory_that_runs_out_and_what_cannot_be_loaded_are_rows(monkeypatch, tm
         return real(model, point, reference, seconds)
 
     monkeypatch.setattr(tune, "measure_point", scarce)
-    tune.run_points(str(tmp_path))
-    ready, good, large, graph = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
-    assert (ready, good["status"]) == ({}, "ok")
+    tune.answer_points({"args": vars(args), "reference": tmp_path / "reference.npy", "points": points}, told.append)
+    ready, good, large, graph = told
+    assert (ready, good["status"]) == ("ready", "ok")
     assert (large["status"], large["reason"].split(":")[0]) == ("out of memory", "RuntimeError")
     assert (graph["status"], "the CPU has no graphs" in graph["reason"]) == ("failed", True)
 
 
 def test_an_interrupted_search_keeps_its_rows(monkeypatch, run, tiny_folder, tmp_path):
     def search(kind, batch, levers, measure, rows):
-        measure([EAGER], {})
+        measure([EAGER])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tune, "search", search)
-    monkeypatch.setattr(
-        tune.Points, "measure", lambda self, points, environment: iter([row(1, 0.5, 1e-6, worst_token_relative_l2_error=1e-6)])
-    )
+    found = row(1, 0.5, 1e-6, worst_token_relative_l2_error=1e-6)
+    monkeypatch.setattr(tune, "measure_points", lambda given, points: iter([found]))
     done = run("--model_path", tiny_folder, "--device", "cpu", main=tune.main, name="tuned")
     assert done.code == 130
-    assert (
-        done.terminal.splitlines()[-1]
-        == f"stopped; what was measured so far (1 rows) is in {done.folder}/tuned_partial_cpu.json"
-    )
+    last = done.terminal.splitlines()[-1]
+    assert last == f"stopped; what was measured so far is in {done.folder}/tuned_partial_cpu.json"
     assert (done.result["partial"], len(done.result["rows"])) == (True, 1)
 
 
@@ -183,8 +178,8 @@ def tuning(tmp_path_factory, tiny_folder):
     """A tuning of the tiny model on one thread of the CPU, as tune.py writes it."""
     folder = tmp_path_factory.mktemp("tuning")
     with pytest.MonkeyPatch.context() as patch:
-        points = [EAGER | {"batch_size": 3}, EAGER]
-        patch.setattr(tune, "search", lambda kind, batch, levers, measure, rows: measure(points, {"OMP_NUM_THREADS": "1"}))
+        points = [EAGER | {"batch_size": size, "environment": {"OMP_NUM_THREADS": "1"}} for size in (3, 1)]
+        patch.setattr(tune, "search", lambda kind, batch, levers, measure, rows: measure(points))
         flags = ["--model_path", tiny_folder, "--device", "cpu", "--seconds", 0.01, "--results_dir", folder]
         assert tune.main([*map(str, flags), "--output_log", str(folder / "log")]) == 0
     return folder / "tuned_cpu.json"
