@@ -11,7 +11,8 @@ manifest.json says what made the parts. The same command goes on where a run sto
 that no part holds, --retry_failed those that failed, both into further parts: a row keeps its index for ever.
 
 A part with a file that the disk or the network does not give is left unwritten; the others are done, then the run ends with 2.
-Under torchrun, which ends or restarts all ranks when one fails, such a rank first waits until all have done their share.
+Any number of processes may run the same command at once, under torchrun or not: each takes parts that no other has begun, and
+the last to end says what is left.
 
 Exit codes: 0 done; 2 wrong usage, unusable input, or parts left unwritten; 3 BLOCKED: the device that was asked for cannot be
 used; 70 an error nobody foresaw (its traceback is in the log); 130 stopped.
@@ -24,25 +25,22 @@ import glob
 import hashlib
 import itertools
 import json
+import marshal
 import math
+import mmap
 import os
-import platform
 import shutil
 import signal
 import sys
 import tarfile
 import time
-import uuid
 import zipfile
 import zlib
 from argparse import Namespace
-from array import array
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -59,80 +57,55 @@ ENDING = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if h
 
 Span = tuple[int, int]  # offset and size within a file
 NOWHERE = (0, 0)
+Features = dict[str, np.ndarray]  # by their names; a row for each image
 
 
 # --- listing ---------------------------------------------------------------------------------------------------------
 
 
 class ImageKey(NamedTuple):
-    """One image: its place in the list, its name, where its bytes are (a file, or a stretch of a tar), and texts beside it."""
+    """One image: its place in the list, its name, where its bytes are, and where texts are that stand beside it in a tar."""
 
     index: int
     name: str
-    file: str
+    tar_length: int = 0  # how much of the name is the path of a tar
     offset: int = 0
     size: int = -1
     json: Span = NOWHERE
     txt: Span = NOWHERE
 
     @property
+    def file(self) -> str:
+        return self.name[: self.tar_length] or self.name
+
+    @property
     def folder(self) -> str:
         """What must be there for the image to be there: its folder, or its tar."""
-        return self.file if self.size >= 0 else os.path.dirname(self.file) or "."
+        return self.file if self.tar_length else os.path.dirname(self.file) or "."
 
 
 class ImageList:
-    """Names of any number of images, in order, in about 32 bytes an image more than the names (64 where texts come along)."""
+    """Any number of images in order, each packed into about 50 bytes more than its name; members of tars into 100 more."""
 
-    def __init__(self) -> None:
+    def __init__(self, packed: Iterable[bytes] = ()) -> None:
+        self.packed = list(packed)
         self.ignored = 0
-        self._names = bytearray()
-        self._ends = array("q", [0])
-        self._file_lengths = array("q")  # how much of the name is the path of the file: all of it, but for a member of a tar
-        self._spans = {"image": array("q"), "json": array("q"), "txt": array("q")}  # in pairs; of texts as far as there are any
 
-    def append(self, name: str, file: str | None = None) -> None:
-        self._names += os.fsencode(name)
-        self._ends.append(len(self._names))
-        self._file_lengths.append(len(os.fsencode(name if file is None else file)))
-        self._spans["image"].extend((0, -1))
-
-    def locate(self, index: int, *spans: Span) -> None:
-        """Say where in its tar an image lies, and where its json and txt do."""
-        for numbers, span in zip(self._spans.values(), spans, strict=True):
-            if span != NOWHERE:
-                numbers.frombytes(bytes(numbers.itemsize * max(0, 2 * index + 2 - len(numbers))))
-                numbers[2 * index : 2 * index + 2] = array("q", span)
+    def append(self, name: str, *in_tar: Any) -> None:
+        """Add an image; `in_tar` are the fields of ImageKey behind the name."""
+        self.packed.append(marshal.dumps((name, *in_tar)))
 
     def __len__(self) -> int:
-        return len(self._file_lengths)
+        return len(self.packed)
 
-    def __getitem__(self, index: int) -> ImageKey:
-        name = bytes(self._names[self._ends[index] : self._ends[index + 1]])
-        file = name[: self._file_lengths[index]]
-        image, *texts = (tuple(numbers[2 * index : 2 * index + 2]) or NOWHERE for numbers in self._spans.values())
-        return ImageKey(index, os.fsdecode(name), os.fsdecode(file), *image, *texts)
-
-    def subset(self, places: Iterable[int]) -> ImageList:
-        """Some of the images, as a list of their own."""
-        chosen = ImageList()
-        for index, key in enumerate(self[place] for place in places):
-            chosen.append(key.name, key.file)
-            chosen.locate(index, (key.offset, key.size), key.json, key.txt)
-        return chosen
-
-    @property
-    def has_texts(self) -> bool:
-        return bool(self._spans["json"] or self._spans["txt"])
-
-    @property
-    def mean_name_bytes(self) -> float:
-        return len(self._names) / max(1, len(self))
+    def __getitem__(self, place: int) -> ImageKey:
+        return ImageKey(place, *marshal.loads(self.packed[place]))
 
     def sha256(self) -> str:
         """Digest of all names in order."""
-        digest = hashlib.sha256(self._names)
-        digest.update(self._ends.tobytes())
+        digest = hashlib.sha256()
+        for key in self:
+            digest.update(os.fsencode(f"{key.name}\0"))
         return digest.hexdigest()
 
 
@@ -145,15 +118,10 @@ def list_images(arguments: Sequence[str]) -> ImageList:
     images = ImageList()
     for argument in arguments:
         try:
-            if os.path.exists(argument):
-                matches = [argument]
-            elif "**" in argument:
-                matches = _deep_glob(argument)
-            else:
-                matches = sorted(glob.glob(argument))
+            matches = [argument] if os.path.exists(argument) else _glob(argument)
             for match in matches:
                 _list_given(images, match)
-        except (OSError, UnicodeError) as error:
+        except OSError as error:
             raise UsageError(f"--image_path {argument}: cannot be read ({error})") from error
         if not matches:
             raise UsageError(f"--image_path {argument}: no such file or folder")
@@ -162,170 +130,142 @@ def list_images(arguments: Sequence[str]) -> ImageList:
     return images
 
 
-def _deep_glob(pattern: str) -> list[str]:
-    """Files that a glob with ** names; glob.glob would list one anew for each way that a circle of links leads to it."""
-    base, _, rest = pattern.partition("**")
-    roots = glob.glob(base) if base else ["."]
-    if not rest.strip("/*"):
-        return sorted(roots)
+def _glob(pattern: str) -> list[str]:
+    """What a pattern names; with ** by a walk, where glob.glob would list a file for each way through a circle of links."""
+    base, deep, rest = pattern.partition("**")
+    roots = sorted(glob.glob(base)) if base else ["."]
+    if not deep or not rest.strip("/*"):
+        return roots
     found = {os.path.normpath(path) for root in roots for path in inference.walk_files(root)}
     return sorted(path for path in found if PurePath(path).match(rest.strip("/")))
 
 
 def _list_given(images: ImageList, path: str) -> None:
-    suffix = os.path.splitext(path)[1].lower()
+    lower = path.lower()
     if os.path.isdir(path):
-        _list_folder(images, path)
-    elif path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-        raise UsageError(
-            f"--image_path {path}: a compressed tar cannot be read out of order; unpack it, or make it a plain .tar"
-        )
-    elif suffix not in (".txt", ".tar"):
+        for file in inference.walk_files(path):
+            if file.lower().endswith(".tar") and os.path.isfile(file):
+                _list_tar(images, file)
+            elif inference.is_image_name(file):
+                images.append(file)
+            else:
+                images.ignored += 1
+    elif not lower.endswith((".tar", ".txt")):
         images.append(path)
     elif not os.path.isfile(path):  # a pipe would be waited for
         raise UsageError(f"--image_path {path}: not a regular file")
-    elif suffix == ".tar":
+    elif lower.endswith(".tar"):
         _list_tar(images, path)
     else:
         _list_lines(images, path)
 
 
-def _list_folder(images: ImageList, folder: str) -> None:
-    for path in inference.walk_files(folder):
-        if path.lower().endswith(".tar") and os.path.isfile(path):
-            _list_tar(images, path)
-        elif inference.is_image_name(path):
-            images.append(path)
-        else:
-            images.ignored += 1
-
-
 def _list_lines(images: ImageList, path: str) -> None:
-    members: dict[str, array] = defaultdict(lambda: array("q"))  # places by tar, each of which is read once, at the end
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=None) as lines:
-        for line in lines:
-            name = line.rstrip("\r\n")
-            tar = name.partition(".tar/")[0] + ".tar"
+    tars: dict[str, dict[str, tuple[Any, ...]]] = {}  # each is read once
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for name in (line.rstrip("\n") for line in lines):
+            tar, _, member = name.partition(".tar/")
+            tar += ".tar"
             if name.lower().endswith(".tar") and os.path.isfile(name):
                 _list_tar(images, name)
-            elif ".tar/" in name and (tar in members or os.path.isfile(tar)):
-                members[tar].append(len(images))
-                images.append(name, tar)
+            elif member and (tar in tars or os.path.isfile(tar)):
+                if tar not in tars:
+                    tars[tar] = dict(_read_tar(tar))
+                if not tars[tar].get(member):
+                    raise UsageError(f"{path}: {tar} has no member {member}, or it is a link or sparse")
+                images.append(name, *tars[tar][member])
             elif name.strip():
                 images.append(name)
-    for tar, places in members.items():
-        found = {info.name: spans for info, spans in _members(tar)}
-        for place in places:
-            member = images[place].name[len(tar) + 1 :]
-            if not found.get(member):
-                raise UsageError(f"{path}: {tar} has no member {member}, or it is a link or sparse")
-            images.locate(place, *found[member])
 
 
 def _list_tar(images: ImageList, path: str) -> None:
     refused = []
-    for info, spans in _members(path):
-        if not inference.is_image_name(info.name):
-            images.ignored += not info.name.lower().endswith((".json", ".txt"))
-        elif spans:
-            images.append(f"{path}/{info.name}", path)
-            images.locate(len(images) - 1, *spans)
+    for member, fields in _read_tar(path):
+        if not inference.is_image_name(member):
+            images.ignored += not member.lower().endswith((".json", ".txt"))
+        elif fields:
+            images.append(f"{path}/{member}", *fields)
         else:
             images.ignored += 1
-            refused.append(info.name)
+            refused.append(member)
     if refused:
         log.warning(f"{path}: {len(refused):,} images that are links or sparse are ignored ({refused[0]} ...); unpack the tar")
 
 
-def _members(path: str) -> Iterator[tuple[tarfile.TarInfo, tuple[Span, ...]]]:
-    """Members but folders, each with where it, its json and its txt lie (by its stem); () for links and the like."""
+def _read_tar(path: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Names of all members but folders, each with the fields of its ImageKey, none for links and the like.
+
+    Raises UsageError where the tar is damaged: tarfile takes most damage for the end.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
+            infos = [info for info in tar.getmembers() if not info.isdir()]
+            end = file.seek(tar.offset)  # type: ignore[attr-defined]
+            rest = file.read(1 << 20)
+        if len(rest) < 512 or rest.strip(b"\0"):
+            raise tarfile.ReadError(f"cut or damaged at byte {end:,}")
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise UsageError(f"{path}: not a whole tar ({error}); fetch it again") from error
 
     def stem(info: tarfile.TarInfo) -> tuple[str, str]:  # as webdataset has it
         folder, _, name = info.name.rpartition("/")
         return folder, name.partition(".")[0]
 
-    for _, group in itertools.groupby(_headers(path), key=stem):
-        infos = [(info, info.isreg() and not info.issparse()) for info in group if not info.isdir()]
-        spans = {os.path.splitext(info.name)[1].lower(): (info.offset_data, info.size) for info, plain in infos if plain}
-        texts = spans.get(".json", NOWHERE), spans.get(".txt", NOWHERE)
-        yield from ((info, ((info.offset_data, info.size), *texts) if plain else ()) for info, plain in infos)
-
-
-def _headers(path: str) -> Iterator[tarfile.TarInfo]:
-    """All headers of a tar. Raises UsageError naming it where it is damaged: tarfile takes most damage for the end."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (info := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # or a tar of millions of members stays in memory
-                yield info
-            end = tar.offset  # type: ignore[attr-defined]
-        with open(path, "rb") as file:
-            file.seek(end)
-            rest = file.read(512)
-            if len(rest) < 512:
-                raise tarfile.ReadError("it is cut: the block that ends an archive is missing")
-            while rest:
-                if rest.strip(b"\0"):
-                    raise tarfile.ReadError(f"a damaged header at byte {end:,}")
-                rest = file.read(1 << 20)
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise UsageError(f"{path}: not a whole tar ({error}); fetch it again") from error
+    for _, group in itertools.groupby(infos, key=stem):
+        members = [(info, info.isreg() and not info.issparse()) for info in group]
+        spans = {os.path.splitext(info.name)[1].lower(): (info.offset_data, info.size) for info, plain in members if plain}
+        texts = (spans.get(".json", NOWHERE), spans.get(".txt", NOWHERE))
+        for info, plain in members:
+            yield info.name, (len(path), info.offset_data, info.size, *texts) if plain else ()
 
 
 # --- decoding, in processes of its own -------------------------------------------------------------------------------
 
 
-class Failure(NamedTuple):
-    """An image without features. `lost` is the folder (or tar) that is not there either, "" where it is."""
+class Row(NamedTuple):
+    """What is known of an image beside its features; if it failed, why, and whether its folder or tar is not there either."""
 
-    place: int
-    name: str
-    reason: str
-    lost: str = ""
+    size: int
+    mtime: int
+    texts: dict[str, str]
+    reason: str = ""
+    folder_gone: bool = False
 
 
 @dataclass
 class Batch:
-    """What a worker returns: crops uint8 [n, H, W, 3] of the places from `first` on, black where an image failed."""
+    """What a worker returns: a row for each image from place `first` on, or which file the disk did not give; and its crops,
+    uint8 [n, H, W, 3], anything where an image failed, which wait in memory that is shared with the workers."""
 
     first: int
-    crops: Any
-    failures: list[Failure] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     unreadable: str = ""
-    folders: set[str] = field(default_factory=set)  # that gave an image
-    stats: list[Span] = field(default_factory=list)  # size and mtime of each file
-    texts: list[dict[str, str]] = field(default_factory=list)
-
-    def pin_memory(self) -> Batch:  # DataLoader's thread calls it
-        self.crops = torch.as_tensor(self.crops).pin_memory()
-        return self
+    crops: Any = None
 
 
 class _Crops:
     """Makes batches in DataLoader's workers. It knows no paths: the sampler sends them, so that no worker holds the list."""
 
-    def __init__(self, preprocess: Preprocess, shares: bool) -> None:
-        self.preprocess, self.shares = preprocess, shares
+    def __init__(self, preprocess: Preprocess, buffers: np.ndarray) -> None:
+        self.preprocess, self.buffers = preprocess, buffers
 
-    def __getitem__(self, keys: list[ImageKey]) -> Batch:
-        size = self.preprocess.image_size
-        crops = np.zeros((len(keys), size, size, 3), np.uint8)
-        batch = Batch(keys[0].index, torch.from_numpy(crops) if self.shares else crops)
-        for row, key in enumerate(keys):
-            batch.stats.append(size_and_mtime(key))
-            batch.texts.append({})
+    def __getitem__(self, task: tuple[int, list[ImageKey]]) -> Batch:
+        number, keys = task
+        batch = Batch(keys[0].index)
+        for crop, key in zip(self.buffers[number % len(self.buffers)], keys):
+            row = Row(*size_and_mtime(key), {})
             try:
-                crops[row] = read_crop(key, self.preprocess)
-                batch.texts[-1] |= read_texts(key)
-                batch.folders.add(key.folder)
+                crop[:] = read_crop(key, self.preprocess)
+                row = row._replace(texts=read_texts(key))
             except BadImage as error:
                 if isinstance(error.__cause__, MemoryError):
                     batch.unreadable = f"{key.name}: not enough memory to decode it"
                     break
-                batch.failures.append(Failure(key.index, key.name, str(error), _lost_folder(key, error)))
+                row = row._replace(reason=str(error), folder_gone=_is_folder_gone(key, error))
             except Unreadable as error:
                 batch.unreadable = str(error)
                 break
+            batch.rows.append(row)
         return batch
 
 
@@ -334,20 +274,20 @@ def read_crop(key: ImageKey, preprocess: Preprocess) -> np.ndarray:
     return inference.crop_uint8(inference.decode(inference.read_bytes(key.file, key.offset, key.size)), preprocess)
 
 
-def _lost_folder(key: ImageKey, error: BadImage) -> str:
-    """The folder of a file that was not found, where that is gone too, or empty as a mount point is without its disk."""
+def _is_folder_gone(key: ImageKey, error: BadImage) -> bool:
+    """Whether the folder of a file that was not found is gone too, or empty as a mount point is without its disk."""
     if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
-        return ""
+        return False
     try:
         with os.scandir(key.folder) as entries:
-            return "" if next(entries, None) else key.folder
+            return next(entries, None) is None
     except OSError:
-        return key.folder
+        return True
 
 
 def size_and_mtime(key: ImageKey) -> Span:
     """Of a member of a tar its size and 0: the tar may grow."""
-    if key.size >= 0:
+    if key.tar_length:
         return key.size, 0
     with suppress(OSError, ValueError):
         status = os.stat(key.file)
@@ -370,9 +310,9 @@ def read_texts(key: ImageKey) -> dict[str, str]:
 class KeyBatches:
     """The sampler: lists of at most `batch_size` keys, never across two parts, so that a resumed run makes the same batches."""
 
-    def __init__(self, bulk: Bulk, parts: Sequence[int], batch_size: int) -> None:
+    def __init__(self, bulk: Bulk, parts: Iterable[int], batch_size: int) -> None:
         self.bulk, self.parts, self.batch_size = bulk, parts, batch_size
-        self.given_up: dict[int, str] = {}
+        self.given_up: set[int] = set()
 
     def __iter__(self) -> Iterator[list[ImageKey]]:
         for part in self.parts:
@@ -388,17 +328,21 @@ def decoding_loader(model: LoadedModel, batches: KeyBatches, num_workers: int | 
 
     Raises UsageError where a worker is lost, or where no batch comes for LOADER_TIMEOUT_S.
     """
-    size = model.preprocess.image_size
+    size, pins = model.preprocess.image_size, inference.can_pin_memory(model.device)
     if num_workers is None:
         num_workers = default_num_workers(model.device, batches.batch_size, size)
+    log.info(f"{num_workers} decoding workers")
+    # As many batches as are under way: two for each worker, and those in other hands. Memory that is shared by a fork is no
+    # file in /dev/shm, of which a container may have 64 MB.
+    shape = (2 * num_workers + 3, batches.batch_size, size, size, 3)
+    buffers = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
     loader = torch.utils.data.DataLoader(
-        _Crops(model.preprocess, shares_memory(num_workers, batches.batch_size * size * size * 3)),
+        _Crops(model.preprocess, buffers),
         batch_size=None,  # the sampler gives whole batches
-        sampler=batches,
+        sampler=enumerate(batches),
         num_workers=num_workers,
-        collate_fn=_as_it_is,
         worker_init_fn=_start_worker,
-        pin_memory=inference.can_pin_memory(model.device),
+        multiprocessing_context="fork" if num_workers else None,
         timeout=2 if num_workers else 0,  # it looks whether its workers live each time
     )
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until workers have their own handlers
@@ -408,7 +352,13 @@ def decoding_loader(model: LoadedModel, batches: KeyBatches, num_workers: int | 
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if num_workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises a dead worker's error in whatever runs
-    while (batch := _next_batch(iterator, num_workers)) is not None:
+    for buffer in itertools.cycle(buffers):
+        batch = _next_batch(iterator, num_workers)
+        if batch is None:
+            return
+        batch.crops = torch.from_numpy(buffer[: len(batch.rows)])
+        if pins:
+            batch.crops = batch.crops.pin_memory()
         yield batch
 
 
@@ -434,25 +384,6 @@ def default_num_workers(device: Device, batch_size: int, image_size: int) -> int
     return max(1, min(workers, QUEUE_BYTES // (3 * batch_size * image_size * image_size * 3)))
 
 
-def shares_memory(num_workers: int, batch_bytes: int) -> bool:
-    """Whether /dev/shm has room for the batches that wait there, those of all ranks of this host (a container may have 64 MiB).
-
-    Else they come through pipes, which takes longer and needs no room: a worker that finds none is waited for in vain.
-    """
-    try:
-        free = shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return False
-    waiting = 4 * num_workers * batch_bytes * rank_of("LOCAL_WORLD_SIZE", 1)  # two for each worker, and those in other hands
-    if waiting > free:
-        log.info(f"/dev/shm has {gigabytes(free)} of the {gigabytes(waiting)} that batches may take: they go through pipes")
-    return waiting <= free
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
 def _start_worker(_worker: int) -> None:
     # Signals reach every process of a terminal or a job; the main process alone answers, and its workers end with it.
     for number in ENDING:
@@ -465,7 +396,7 @@ def _start_worker(_worker: int) -> None:
 @dataclass(frozen=True)
 class Bulk:
     """Which images, in parts of how many, and what is written where: part first_part + k has places k * part_size and on, and a
-    row's index is its place plus first_index. made_with and made_from are written into each part."""
+    row's index is its place plus first_index. made_with is written into each part."""
 
     images: ImageList
     folder: Path
@@ -475,11 +406,10 @@ class Bulk:
     first_index: int = 0
     first_part: int = 0
     made_with: str = ""
-    made_from: str = ""
 
     @property
     def parts(self) -> range:
-        return range(self.first_part, self.first_part - (-len(self.images) // self.part_size))
+        return range(self.first_part, self.first_part + math.ceil(len(self.images) / self.part_size))
 
     def places(self, part: int) -> range:
         start = (part - self.first_part) * self.part_size
@@ -488,131 +418,105 @@ class Bulk:
     def part_of(self, place: int) -> int:
         return self.first_part + place // self.part_size
 
-    def path(self, part: int) -> Path:
-        return self.folder / f"part-{part:05d}.npz"
-
     def unfinished(self) -> list[int]:
         there = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
-        return [part for part in self.parts if self.path(part).name not in there]
+        return [part for part in self.parts if part_path(self.folder, part).name not in there]
 
     def how_to_go_on(self) -> str:
         finished = len(self.parts) - len(self.unfinished())
         return f"{finished} of {len(self.parts)} parts are finished in {self.folder}; run the same command again to go on"
 
-    @property
-    def bytes_per_image(self) -> float:
-        values = sum(math.prod(shape) for shape in self.shapes.values()) * np.dtype(self.dtype).itemsize
-        return values + 24 + self.images.mean_name_bytes  # index, size, mtime; names are compressed
+
+def part_path(folder: Path, part: int) -> Path:
+    return folder / f"part-{part:05d}.npz"
 
 
-class _Rows:
-    """The rows of one part while it is being filled."""
-
-    def __init__(self, bulk: Bulk, part: int) -> None:
-        self.bulk, self.part, self.places = bulk, part, bulk.places(part)
-        self.values = {name: np.zeros((len(self.places), *shape), bulk.dtype) for name, shape in bulk.shapes.items()}
-        self.failures: list[Failure] = []
-        self.stats: list[Span] = []
-        self.texts: list[dict[str, str]] = []
-
-    def add(self, batch: Batch, features: dict[str, np.ndarray]) -> int:
-        """Add a batch; returns how many of its images failed."""
-        start = batch.first - self.places.start
-        failures = {failure.place: failure for failure in batch.failures}
-        for row in np.flatnonzero(~features["finite"]):
-            place = batch.first + int(row)
-            failures.setdefault(place, Failure(place, self.bulk.images[place].name, "its features hold NaN or Inf"))
-        for name, values in self.values.items():
-            values[start : start + len(batch.crops)] = features[name]
-        self.failures += [failures[place] for place in sorted(failures)]
-        self.stats += batch.stats
-        self.texts += batch.texts
-        return len(failures)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What the part's file holds: a row for each image that has features, and the failures beside."""
-        failed = np.array([failure.place for failure in self.failures], np.int64)
-        places = np.setdiff1d(np.arange(self.places.start, self.places.stop), failed)
-        rows = places - self.places.start
-        stats = np.array(self.stats, np.int64)[rows]
-        texts = TEXTS if self.bulk.images.has_texts else ()
-        return {
-            "index": places + self.bulk.first_index,
-            "path": np.array([self.bulk.images[place].name for place in places], dtype=str),
-            **{name: np.array([self.texts[row].get(name, "") for row in rows], dtype=str) for name in texts},
-            **{name: values[rows] for name, values in self.values.items()},
-            "size": stats[:, 0],
-            "mtime": stats[:, 1],
-            "failed_index": failed + self.bulk.first_index,
-            "failed_path": np.array([failure.name for failure in self.failures], dtype=str),
-            "failed_reason": np.array([failure.reason for failure in self.failures], dtype=str),
-            "made_with": np.array(self.bulk.made_with),
-            "made_from": np.array(self.bulk.made_from),
-        }
+def bytes_per_image(shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
+    return sum(math.prod(shape) for shape in shapes.values()) * np.dtype(dtype).itemsize
 
 
-def write_part(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a part as .npz and clear away what a killed run left of it. Text is compressed: numpy pads it to the longest."""
-    with inference.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for name, values in arrays.items():
-            info = zipfile.ZipInfo(f"{name}.npy")
-            info.compress_type = zipfile.ZIP_DEFLATED if values.dtype.kind == "U" else zipfile.ZIP_STORED
-            with archive.open(info, "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, values, allow_pickle=False)
+def part_arrays(bulk: Bulk, part: int, batches: list[tuple[list[Row], Features]]) -> Features:
+    """What a part's file holds: a row for each image that has features, and the failures beside."""
+    rows = [row for rows, _ in batches for row in rows]
+    good = np.array([not row.reason for row in rows])
+    index = np.array(bulk.places(part), np.int64) + bulk.first_index
+    path = np.array([bulk.images[place].name for place in bulk.places(part)])
+    texts = TEXTS if any(row.texts for row in rows) else ()
+    return {
+        "index": index[good],
+        "path": path[good],
+        **{name: np.array([row.texts.get(name, "") for row in rows])[good] for name in texts},
+        **{name: np.concatenate([features[name] for _, features in batches])[good] for name in bulk.shapes},
+        "size": np.array([row.size for row in rows], np.int64)[good],
+        "mtime": np.array([row.mtime for row in rows], np.int64)[good],
+        "failed_index": index[~good],
+        "failed_path": path[~good],
+        "failed_reason": np.array([row.reason for row in rows])[~good],
+        "made_with": np.array(bulk.made_with),
+    }
+
+
+def write_part(lock: FolderLock, bulk: Bulk, part: int, batches: list[tuple[list[Row], Features]]) -> None:
+    """Write a part as .npz, and clear away what a killed run left of it. Text is compressed: numpy pads it to the longest.
+
+    Raises UsageError where it cannot be written or the folder is gone.
+    """
+    path = part_path(bulk.folder, part)
+    lock.check_folder()
+    try:
+        with inference.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+            for name, values in part_arrays(bulk, part, batches).items():
+                info = zipfile.ZipInfo(f"{name}.npy")
+                info.compress_type = zipfile.ZIP_DEFLATED if values.dtype.kind == "U" else zipfile.ZIP_STORED
+                with archive.open(info, "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, values, allow_pickle=False)
+    finally:
+        lock.check_folder()  # a folder that goes meanwhile says more than what could not be written
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
+    stopping.last_words = f"stopped; {bulk.how_to_go_on()}"
 
 
 def read_part(path: Path, *names: str) -> list[np.ndarray] | None:
-    """Arrays of a part. One that is damaged or none of ours is named and put aside: None."""
+    """Arrays of a part; None if there is none. One that is damaged is put aside and named."""
     damage = (ValueError, KeyError, EOFError, TypeError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
     try:
         with np.load(path) as arrays:
             return [arrays[name] for name in names]
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
     except damage as error:
-        put_aside(path, f"damaged ({inference.first_line(error)})")
+        os.replace(path, f"{path}.damaged")
+        log.warning(f"{path} is damaged ({inference.first_line(error)}): put aside as {path.name}.damaged, and made again")
         return None
 
 
-def put_aside(path: Path, why: str) -> None:
-    os.replace(path, f"{path}.damaged")
-    log.warning(f"{path} is {why}: put aside as {path.name}.damaged, and made again")
-
-
-# --- one run at a time in a folder -----------------------------------------------------------------------------------
+# --- sharing a folder, and what is to be done in it ------------------------------------------------------------------
 
 
 class FolderLock:
-    """Lets the ranks of one run share a folder and keeps strangers out. A POSIX lock: it dies with its process, and decoding
-    workers do not inherit it. In the file stand the run's name and the ranks that have done their share."""
+    """Lets processes share the work in a folder by locks on bytes of a file. POSIX locks: they die with their process, and
+    decoding workers do not inherit them. Byte 0: works here; 1: plans, or counts what is there; part + 2: makes that part."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.rank, self.ranks, self.run = which_rank()
-        self.lockable = True
+        self.folder, self.lockable = folder, True
+        self.rank, self.ranks = which_rank()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self.file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UsageError(f"--output {folder}: the folder cannot be made or written ({error.strerror})") from error
 
     def __enter__(self) -> FolderLock:
-        for _ in range(10):
-            if self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB) and self._lines()[0] != self.run:
-                os.ftruncate(self.file, 0)
-                os.write(self.file, f"{self.run}\n".encode())
-            if self._lock(fcntl.LOCK_SH | fcntl.LOCK_NB) and self._lines()[0] == self.run:
-                return self
-            self._lock(fcntl.LOCK_UN)
-            time.sleep(0.1)  # perhaps another rank was just taking it
-        raise UsageError(f"--output {self.folder}: another run ({self._lines()[0]}) writes to it; wait, or use another folder")
+        self._lock(fcntl.LOCK_SH, 0)
+        return self
 
     def __exit__(self, *_error: object) -> None:
         os.close(self.file)
 
-    def _lock(self, how: int, byte: int = 0) -> bool:
+    def _lock(self, how: int, byte: int) -> bool:
         try:
             if self.lockable:
                 fcntl.lockf(self.file, how, 1, byte)
@@ -623,14 +527,21 @@ class FolderLock:
             log.warning(f"{self.folder}: no locks there ({error.strerror}); see to it that no other run writes to it")
         return True
 
-    def _lines(self) -> list[str]:
-        return os.pread(self.file, 1 << 20, 0).decode(errors="replace").splitlines() or [""]
-
     @contextmanager
-    def one_rank_at_a_time(self) -> Iterator[None]:
-        self._lock(fcntl.LOCK_EX, byte=1)
+    def one_at_a_time(self) -> Iterator[None]:
+        self._lock(fcntl.LOCK_EX, 1)
         yield
-        self._lock(fcntl.LOCK_UN, byte=1)
+        self._lock(fcntl.LOCK_UN, 1)
+
+    def is_alone(self, then: int = fcntl.LOCK_SH) -> bool:
+        """Whether no other process works here. LOCK_UN for `then`: nor does this one from now on."""
+        alone = self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, 0)
+        self._lock(then, 0)
+        return alone
+
+    def claim(self, part: int) -> bool:
+        """Whether this process may make a part: no other does, or, where there are no locks, it is in its share."""
+        return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, part + 2) and (self.lockable or part % self.ranks == self.rank)
 
     def check_folder(self) -> None:
         """Raises UsageError if the folder is not there any more."""
@@ -639,44 +550,36 @@ class FolderLock:
                 return
         raise UsageError(f"--output {self.folder}: it was deleted, moved or unmounted during the run")
 
-    def mark_done(self) -> None:
-        os.write(self.file, f"rank {self.rank} is done\n".encode())
 
-    def wait_for_others(self) -> None:
-        """Wait until all ranks have done their share, or no other has been there for two minutes."""
-        others_seen = time.monotonic()
-        while len(set(self._lines()[1:])) < self.ranks and time.monotonic() < others_seen + 120:
-            if not self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
-                others_seen = time.monotonic()
-            self._lock(fcntl.LOCK_SH)
-            time.sleep(0.5)
-
-
-def which_rank() -> tuple[int, int, str]:
-    """Rank, number of ranks, and a name of the run: the same for all its ranks and for nobody else.
-
-    Raises UsageError where the environment has only one of RANK and WORLD_SIZE, or they make no sense.
-    """
+def which_rank() -> tuple[int, int]:
+    """Rank and number of ranks. Raises UsageError where the environment has only one of them, or they make no sense."""
     get, rank, ranks = os.environ.get, rank_of("RANK", 0), rank_of("WORLD_SIZE", 1)
     if bool(get("RANK")) != bool(get("WORLD_SIZE")) or rank >= ranks:
         found = f"RANK={get('RANK', '')} and WORLD_SIZE={get('WORLD_SIZE', '')}"
         raise UsageError(f"the environment has {found}: unset both, or start with torchrun, which sets RANK below WORLD_SIZE")
-    if ranks == 1:
-        return rank, ranks, f"process {os.getpid()} on {platform.node()}, {uuid.uuid4().hex[:8]}"
-    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID")
-    host = platform.node() if get("LOCAL_WORLD_SIZE") == get("WORLD_SIZE") else ""
-    return rank, ranks, " ".join(["ranks", *(get(name, "") for name in names), host])
+    return rank, ranks
 
 
-def make_manifest(args: Namespace, model: LoadedModel, shapes: dict[str, tuple[int, ...]], part_size: int) -> dict[str, Any]:
-    """What makes the features. All of `made_from` must be the same for a run to go on; the rest tells who began it."""
+def plan(args: Namespace, images: ImageList, model: LoadedModel, lock: FolderLock) -> Bulk:
+    """Work out what the parts hold. A part waits in memory until it is full: hence fewer images where features are large.
+
+    In manifest.json all of "made_from" must be the same for a run to go on; the rest tells who began it.
+    """
+    width = model.module.config.hidden_size
+    patches = (model.preprocess.image_size // model.module.config.patch_size) ** 2
+    names = inference.names_to_save(args, model)
+    shapes = {name: (patches, width) if name == "patch_tokens" else (width,) for name in names}
+    part_size = args.part_size or max(1, min(10_000, (1 << 28) // bytes_per_image(shapes, args.feature_dtype)))
     about = inference.provenance(args, model)
+    made_with = json.dumps(about["versions"] | {"device": model.device.name})
     made_from = {"device": model.device.kind, "dtype": model.dtype_name, "image_size": model.preprocess.image_size}
     made_from |= {"part_size": part_size, "features": shapes, "feature_dtype": args.feature_dtype}
     fitting = ("allow_hf32", "deterministic", "levers", "model", "dimensions", "preprocess", "pooler", "weights")
     made_from |= {name: about.pop(name) for name in fitting}
     about["weights_path"] = made_from["weights"].pop("path", None)
-    return json.loads(json.dumps({"made_from": made_from, "rounds": []} | about))
+    manifest = json.loads(json.dumps({"made_from": made_from, "rounds": []} | about))
+    images, first_index, first_part = agree_on_round(args, images, lock, manifest)
+    return Bulk(images, lock.folder, part_size, shapes, args.feature_dtype, first_index, first_part, made_with)
 
 
 def agree_on_round(
@@ -687,304 +590,220 @@ def agree_on_round(
     Raises UsageError saying what does not fit.
     """
     folder, path = lock.folder, lock.folder / "manifest.json"
+    begun_with, go_back = f"--output {folder}: begun with another", "repeat the first command (manifest.json has it)"
     if path.exists():
-        manifest = _check_manifest(folder, inference.read_json(path, "the manifest"), manifest)
+        begun = inference.read_json(path, "the manifest")
+        for name, value in manifest["made_from"].items():
+            then = begun.get("made_from", {}).get(name)
+            if then != value:
+                told = f"({json.dumps(then):.200}, now {json.dumps(value):.200})"
+                raise UsageError(f"{begun_with} {name} {told}; {go_back} or use another folder")
+        manifest = begun
     elif any(folder.glob("part-*.npz")):
         raise UsageError(f"--output {folder}: it holds parts but no manifest.json; use an empty or new folder")
-    wanted, rounds = images, manifest["rounds"]
-    last = rounds[-1] if rounds else {"first_index": 0, "first_part": 0, "images": 0, "parts": 0}
-    start, part = last["first_index"] + last["images"], last["first_part"] + last["parts"]
+    rounds = manifest["rounds"]
+    index, part = (sum(made[what] for made in rounds) for what in ("images", "parts"))
     if rounds:
-        wanted = wanted_images(args, images, folder, last["first_part"])
-        names = {f"part-{number:05d}.npz" for number in range(last["first_part"], part)}
-        to_retry = args.retry_failed and names <= set(os.listdir(folder)) and last["run"] != lock.run
-        if wanted.sha256() == last["image_list_sha256"] and not to_retry:
-            last["run"] = lock.run
-            inference.write_json(path, manifest)
-            return wanted, last["first_index"], last["first_part"]
-        if last["run"] == lock.run or not (args.add or args.retry_failed):
-            raise UsageError(
-                f"--output {folder}: begun with another list of images ({last['images']:,}, now {len(images):,}); --add takes "
-                "those that no part holds; or repeat the first command (manifest.json has it), or use another folder"
-            )
-        wanted = wanted_images(args, images, folder, part)
-    if len(wanted):
-        made = {"first_index": start, "first_part": part, "images": len(wanted), "image_list_sha256": wanted.sha256()}
-        made |= {"parts": -(-len(wanted) // manifest["made_from"]["part_size"]), "run": lock.run}
+        last = rounds[-1]
+        its_parts = (part_path(folder, number) for number in range(last["first_part"], part))
+        if not (args.retry_failed and lock.is_alone() and all(path.exists() for path in its_parts)):
+            images_then = wanted_images(args, images, folder, last["first_part"])
+            if images_then.sha256() == last["image_list_sha256"]:
+                return images_then, last["first_index"], last["first_part"]
+        if not (args.add or args.retry_failed):
+            told = f"({last['images']:,}, now {len(images):,}); --add takes those that no part holds"
+            raise UsageError(f"{begun_with} list of images {told}; or {go_back}, or use another folder")
+        if not lock.is_alone():
+            raise UsageError(f"--output {folder}: another run writes to it; wait, or use another folder")
+        images = wanted_images(args, images, folder, part)
+    if len(images):
+        made = {"first_index": index, "first_part": part, "images": len(images), "image_list_sha256": images.sha256()}
+        made["parts"] = math.ceil(len(images) / manifest["made_from"]["part_size"])
         rounds.append(made | {"command": inference.command_line(), "time_utc": inference.utc_now()})
         inference.write_json(path, manifest)
-    return wanted, start, part
-
-
-def _check_manifest(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    for name, value in now["made_from"].items():
-        before = begun.get("made_from", {}).get(name)
-        if before != value:
-            texts = [text if len(text) <= 200 else text[:197] + "..." for text in map(json.dumps, (before, value))]
-            raise UsageError(
-                f"--output {folder}: begun with another {name} ({texts[0]}, now {texts[1]}); repeat the first command "
-                "(manifest.json has it) or use another folder"
-            )
-    return begun
+    return images, index, part
 
 
 def wanted_images(args: Namespace, images: ImageList, folder: Path, before: int) -> ImageList:
     """Those of `images` that --add and --retry_failed ask for, given the parts numbered below `before`. Names changed files."""
-    if not before and not args.retry_failed:
+    if not before:
         return images
-    none = np.empty(0, np.uint64)
-    held, failed, states = [none], [none], [none]
-    for part in range(before):
-        path = folder / f"part-{part:05d}.npz"
-        found = read_part(path, "path", "failed_path", "size", "mtime") if path.exists() else None
-        if found is not None:
-            held.append(_digests(found[0]))
-            failed.append(_digests(found[1]))
-            states.append(_digests(map("{}\0{}\0{}".format, found[0], *found[2:])))
+
+    def recorded(*names: str) -> Iterator[tuple[Any, ...]]:
+        for path in (part_path(folder, part) for part in range(before)):
+            yield from zip(*(read_part(path, *names) or ()))
+
     mine = _digests(key.name for key in images)
-    is_held = np.isin(mine, np.concatenate(held))
-    is_failed = np.isin(mine, np.concatenate(failed)) & ~is_held
+    is_held = np.isin(mine, _digests(name for (name,) in recorded("path")))
+    is_failed = np.isin(mine, _digests(name for (name,) in recorded("failed_path"))) & ~is_held
     there = np.flatnonzero(is_held)
+    then = _digests("{}\0{}\0{}".format(*row) for row in recorded("path", "size", "mtime"))
     now = _digests("{}\0{}\0{}".format(images[place].name, *size_and_mtime(images[place])) for place in there)
-    changed = [images[place].name for place in there[~np.isin(now, np.concatenate(states))]]
+    changed = [images[place].name for place in there[~np.isin(now, then)]]
     if changed:
         log.warning(f"{len(changed):,} files have changed since their rows were made, which stay: {', '.join(changed[:5])}")
-    wanted = is_failed if args.retry_failed else np.zeros(len(images), bool)
-    return images.subset(np.flatnonzero(wanted | ~is_held & ~is_failed if args.add else wanted))
+    wanted = args.add & ~is_held & ~is_failed | args.retry_failed & is_failed
+    return ImageList(images.packed[place] for place in np.flatnonzero(wanted))
 
 
-def _digests(names: Iterable[str]) -> np.ndarray:
-    """A number for each name: ten million names themselves would fill the memory."""
-    hashes = (hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
+def _digests(texts: Iterable[str]) -> np.ndarray:
+    """A number for each text: ten million paths themselves would fill the memory."""
+    hashes = (hashlib.blake2b(os.fsencode(text), digest_size=8).digest() for text in texts)
     return np.fromiter((int.from_bytes(value, "little") for value in hashes), np.uint64)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Totals:
-    """Counts of a run, and the seconds that were waited for each of its three stages."""
-
-    images: int = 0
-    failed: int = 0
-    waited: dict[str, float] = field(default_factory=lambda: {"reading": 0.0, "computing": 0.0, "writing": 0.0})
-
-    @contextmanager
-    def waiting_for(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.waited[stage] += time.perf_counter() - started
-
-
 def embed(args: Namespace, images: ImageList, model: LoadedModel) -> int:
-    """Write the parts that args.output lacks, or this rank's share of them. Returns the exit code."""
+    """Write the parts that args.output lacks, sharing them with whoever else does. Returns the exit code."""
     with FolderLock(Path(args.output)) as lock:
-        with lock.one_rank_at_a_time():
+        with lock.one_at_a_time():
             bulk = plan(args, images, model, lock)
+            parts = claimed_parts(bulk, lock)
         stopping.last_words = f"stopped; {bulk.how_to_go_on()}"
-        batches = KeyBatches(bulk, my_share(bulk, lock), args.batch_size or inference.default_batch_size(model.device))
+        batches = KeyBatches(bulk, parts, args.batch_size or inference.default_batch_size(model.device))
         check_disk(bulk)
         encoder = Encoder(model, tuple(bulk.shapes), batches.batch_size, args.execution, bulk.dtype)
-        workers = args.num_workers
-        if workers is None:
-            workers = default_num_workers(model.device, batches.batch_size, model.preprocess.image_size)
-        log.info(
-            f"Rank {lock.rank} of {lock.ranks}: {len(batches.parts)} of {len(bulk.parts)} parts to do; batch size "
-            f"{batches.batch_size}, {workers} decoding workers, {args.execution}"
-        )
-        started = time.perf_counter()
+        to_do = f"{len(bulk.unfinished())} of {len(bulk.parts)} parts to do"
+        log.info(f"Rank {lock.rank} of {lock.ranks}: {to_do}; batch size {batches.batch_size}, {args.execution}")
         try:
-            totals = encode_parts(lock, encoder, decoding_loader(model, batches, workers), batches)
-            return finish(lock, batches, totals, time.perf_counter() - started)
+            encode_parts(lock, encoder, decoding_loader(model, batches, args.num_workers), batches)
+            finish(lock, batches)
         except UsageError as error:
             raise UsageError(f"{error}; {bulk.how_to_go_on()}") from error
-
-
-def plan(args: Namespace, images: ImageList, model: LoadedModel, lock: FolderLock) -> Bulk:
-    """Work out what the parts hold. A part waits in memory until it is full: hence fewer images where features are large."""
-    width = model.module.config.hidden_size
-    patches = (model.preprocess.image_size // model.module.config.patch_size) ** 2
-    names = inference.names_to_save(args, model)
-    shapes = {name: (patches, width) if name == "patch_tokens" else (width,) for name in names}
-    row_bytes = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(args.feature_dtype).itemsize
-    part_size = args.part_size or max(1, min(10_000, (1 << 28) // row_bytes))
-    manifest = make_manifest(args, model, shapes, part_size)
-    images, first_index, first_part = agree_on_round(args, images, lock, manifest)
-    made_from = hashlib.sha256(json.dumps(manifest["made_from"], sort_keys=True).encode()).hexdigest()
-    made_with = json.dumps(manifest["versions"] | {"device": model.device.name})
-    return Bulk(images, lock.folder, part_size, shapes, args.feature_dtype, first_index, first_part, made_with, made_from)
-
-
-def my_share(bulk: Bulk, lock: FolderLock) -> list[int]:
-    """The parts that this rank has to do. One that is there but is not whole, or not of this run, is to be made again."""
-    unfinished, share = set(bulk.unfinished()), []
-    for part in bulk.parts[lock.rank :: lock.ranks]:
-        if part not in unfinished:
-            found = read_part(bulk.path(part), "index", "failed_index", "made_from")
-            if found is not None:
-                indices = np.sort(np.concatenate(found[:2])) - bulk.first_index
-                if found[2] == bulk.made_from and np.array_equal(indices, bulk.places(part)):
-                    continue
-                put_aside(bulk.path(part), "of another run")
-        share.append(part)
-    return share
-
-
-def encode_parts(lock: FolderLock, encoder: Encoder, loader: Iterator[Batch], batches: KeyBatches) -> Totals:
-    """Run all batches through the encoder; write each part when it is full. Raises UsageError if a part cannot be written."""
-    totals, bulk = Totals(), batches.bulk
-    progress = log_progress(totals, sum(len(bulk.places(part)) for part in batches.parts))
-    rows: _Rows | None = None
-    full: list[_Rows] = []
-    writing: list[Future] = []
-    delivered: set[str] = set()
-    lost = 0
-
-    def write_full() -> None:
-        with totals.waiting_for("writing"):
-            while full:
-                if writing:
-                    writing.pop().result()
-                writing.append(pool.submit(_finish_part, lock, full.pop(0)))
-
-    with ThreadPoolExecutor(1) as pool:
-        for batch, features in _one_ahead(loader, encoder, batches, totals):
-            if features is None:
-                rows = None
-                continue
-            lost = count_lost(batch, delivered, lost)
-            rows = rows or _Rows(bulk, bulk.part_of(batch.first))
-            totals.failed += rows.add(batch, features)
-            totals.images += len(batch.crops)
-            next(progress)
-            if len(rows.stats) == len(rows.places):
-                full.append(rows)
-                rows = None
-            if not lost:  # else a disk may be gone, and these are no failures
-                write_full()
-        write_full()
-        with totals.waiting_for("writing"):
-            if writing:
-                writing.pop().result()
-    return totals
-
-
-def count_lost(batch: Batch, delivered: set[str], lost: int) -> int:
-    """How many images in a row, up to the end of `batch`, are not there and their folder neither.
-
-    Raises UsageError where they are too many for wrong lines in a list, or their folder gave images before.
-    """
-    delivered |= batch.folders
-    gone = {failure.place: failure.lost for failure in batch.failures if failure.lost}
-    for place in range(batch.first, batch.first + len(batch.crops)):
-        lost = lost + 1 if place in gone else 0
-        if lost >= LOST_AFTER or gone.get(place) in delivered:
-            raise UsageError(f"{gone[place]} is gone or empty, a lost disk or mount ({lost} images in a row are not there)")
-    return lost
-
-
-def _finish_part(lock: FolderLock, rows: _Rows) -> None:
-    lock.check_folder()
-    try:
-        write_part(rows.bulk.path(rows.part), rows.arrays())
-    finally:
-        lock.check_folder()  # a folder that goes meanwhile says more than what could not be written
-    stopping.last_words = f"stopped; {rows.bulk.how_to_go_on()}"
-
-
-def _one_ahead(
-    loader: Iterator[Batch], encoder: Encoder, batches: KeyBatches, totals: Totals
-) -> Iterator[tuple[Batch, dict[str, np.ndarray] | None]]:
-    """Batches with their features, each fetched from the device only after the next one is queued there; None for the features
-    of a part that is given up."""
-    part_of, given_up = batches.bulk.part_of, batches.given_up
-    previous: tuple[Batch, Callable[[], dict[str, np.ndarray]] | None] | None = None
-    while True:
-        with totals.waiting_for("reading"):
-            batch = next(loader, None)
-        if batch is not None and batch.unreadable and part_of(batch.first) not in given_up:
-            given_up[part_of(batch.first)] = batch.unreadable
-            log.error(f"Part {part_of(batch.first)} is left unwritten: {batch.unreadable}")
-        with totals.waiting_for("computing"):
-            wanted = batch is not None and part_of(batch.first) not in given_up
-            fetch = encoder.submit(torch.as_tensor(batch.crops)) if wanted else None
-            features = previous[1]() if previous is not None and previous[1] is not None else None
-        if previous is not None:
-            yield previous[0], features if part_of(previous[0].first) not in given_up else None
-        if batch is None:
-            return
-        previous = (batch, fetch)
-
-
-def log_progress(totals: Totals, total: int) -> Iterator[None]:
-    """Logs, every half minute at most, how far the run is; advance it after each batch."""
-    started = last = time.monotonic()
-    while True:
-        now = time.monotonic()
-        if now - last > 30:
-            last, rate = now, totals.images / (now - started)
-            left = timedelta(seconds=round((total - totals.images) / rate))
-            log.info(f"{totals.images:,} of {total:,} images, {rate:.1f} img/s, {left} left, {totals.failed:,} failed")
-        yield
-
-
-def finish(lock: FolderLock, batches: KeyBatches, totals: Totals, seconds: float) -> int:
-    """Write failures.jsonl once all parts are there, and say how the run went. Returns the exit code."""
-    bulk = batches.bulk
-    lock.check_folder()
-    if not bulk.unfinished():
-        with lock.one_rank_at_a_time():
-            failures = write_failures(bulk)
-        log.info(f"All {len(bulk.parts)} parts are in {bulk.folder}; {failures:,} images failed (failures.jsonl)")
-    waited = ", ".join(f"{stage} {value:.1f} s" for stage, value in totals.waited.items())
-    rate = totals.images / seconds
-    log.info(f"{totals.images:,} images in {seconds:.1f} s: {rate:.2f} img/s, {totals.failed:,} failed; waited for {waited}")
-    lock.mark_done()
-    useless = totals.images > 0 and totals.failed == totals.images
-    if batches.given_up or useless:
-        lock.wait_for_others()
-    if batches.given_up:
-        raise UsageError(f"{len(batches.given_up)} parts are left unwritten because files could not be read")
-    if useless:
-        raise UsageError("not one of these images gave features: see failures.jsonl or the log for the reasons")
     return 0
 
 
-def write_failures(bulk: Bulk) -> int:
-    """Gather the failures of all parts, but for what a later part holds, in failures.jsonl; returns how many there are."""
-    failures: dict[str, dict[str, Any]] = {}
-    makers: dict[str, str] = {}
-    for path in sorted(bulk.folder.glob("part-*.npz")):
-        found = read_part(path, "path", "failed_index", "failed_path", "failed_reason", "made_with")
-        if found is None:
-            raise UsageError(f"{path.name} was damaged")
-        names, *failed, made_with = (values.tolist() for values in found)
-        makers.setdefault(made_with, path.name)
-        for name in failures.keys() & set(names) if failures else ():
-            del failures[name]
-        failures |= {name: {"index": index, "path": name, "reason": reason} for index, name, reason in zip(*failed)}
-    with inference.replacing(bulk.folder / "failures.jsonl") as file:
-        file.write("".join(json.dumps(failure) + "\n" for failure in failures.values()).encode())
-    if len(makers) > 1:
-        listed = "; ".join(f"from {name}: {made_with}" for made_with, name in makers.items())
-        log.warning(f"The parts were not all made with the same versions and device: {listed}")
-    return len(failures)
+def claimed_parts(bulk: Bulk, lock: FolderLock) -> Iterator[int]:
+    """The parts to be made here: of this rank's share, then of the others', those that nobody has begun by then."""
+    for part in bulk.parts[lock.rank :: lock.ranks]:
+        read_part(part_path(bulk.folder, part), "index")  # a damaged one is put aside
+    by_share = sorted(bulk.parts, key=lambda part: (part - bulk.first_part) % lock.ranks != lock.rank)
+    return (part for part in by_share if lock.claim(part) and not part_path(bulk.folder, part).exists())
 
 
 def check_disk(bulk: Bulk) -> None:
     """Log what the unfinished parts will need. Raises UsageError where the disk has less."""
     unfinished = bulk.unfinished()
-    needed = bulk.bytes_per_image * sum(len(bulk.places(part)) for part in unfinished)
-    free = shutil.disk_usage(bulk.folder).free
-    log.info(f"Output: {len(unfinished)} parts to write, {gigabytes(needed)} needed, {gigabytes(free)} free in {bulk.folder}")
+    each = bytes_per_image(bulk.shapes, bulk.dtype) + 100  # for what stands beside the features; text is compressed
+    needed, free = each * sum(len(bulk.places(part)) for part in unfinished), shutil.disk_usage(bulk.folder).free
+    told = f"{needed / 1e9:,.3f} GB needed and {free / 1e9:,.3f} GB free"
+    log.info(f"Output: {len(unfinished)} parts to write, {told} in {bulk.folder}")
     if needed > free:
-        advice = "make room, save less, or use --feature_dtype float16"
-        raise UsageError(f"--output {bulk.folder}: {gigabytes(needed)} needed and {gigabytes(free)} free; {advice}")
+        raise UsageError(f"--output {bulk.folder}: {told}; make room, save less, or use --feature_dtype float16")
 
 
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.3f} GB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
+def encode_parts(lock: FolderLock, encoder: Encoder, loader: Iterator[Batch], batches: KeyBatches) -> None:
+    """Run all batches through the encoder; write each part when it is full. Raises UsageError if a part cannot be written."""
+    bulk, rows, full = batches.bulk, [], []
+    to_do = sum(len(bulk.places(part)) for part in bulk.unfinished()) / lock.ranks
+    delivered: set[str] = set()
+    writing: Future | None = None
+    images = failed = lost = 0
+    started = told = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        for batch, features in compute(loader, encoder, batches):
+            lost = count_lost(bulk, batch, delivered, lost)
+            for row in np.flatnonzero(~features["finite"]):
+                reason = batch.rows[row].reason or "its features hold NaN or Inf"
+                batch.rows[row] = batch.rows[row]._replace(reason=reason)
+            images += len(batch.rows)
+            failed += sum(row.reason != "" for row in batch.rows)
+            if time.monotonic() - told > 30:
+                told = time.monotonic()
+                rate = images / (told - started)
+                left = max(0, to_do - images) / rate / 3600
+                log.info(f"{images:,} of {to_do:,.0f} images, {rate:.1f} img/s, {left:.1f} h left, {failed:,} failed")
+            places = bulk.places(bulk.part_of(batch.first))
+            if batch.first == places.start:
+                rows = []  # those of a part that was given up are forgotten
+            rows.append((batch.rows, features))
+            if batch.first + len(batch.rows) == places.stop:
+                full.append((bulk.part_of(batch.first), rows))
+            while full and not lost:  # else a disk may be gone, and these are no failures
+                if writing:
+                    writing.result()
+                writing = pool.submit(write_part, lock, bulk, *full.pop(0))
+        if writing:
+            writing.result()
+        for part in full:
+            write_part(lock, bulk, *part)
+    seconds = time.monotonic() - started
+    log.info(f"{images:,} images in {seconds:.1f} s: {images / seconds:.2f} img/s, {failed:,} failed")
+
+
+def compute(loader: Iterator[Batch], encoder: Encoder, batches: KeyBatches) -> Iterator[tuple[Batch, Features]]:
+    """Batches with their features, each fetched from the device only after the next one is queued there; no more of a part once
+    a file of it cannot be read."""
+    queued = None
+    for batch in itertools.chain(loader, [None]):
+        part = batches.bulk.part_of(batch.first) if batch else None
+        if batch and batch.unreadable and part not in batches.given_up:
+            batches.given_up.add(part)
+            log.error(f"Part {part} is left unwritten: {batch.unreadable}")
+        if part in batches.given_up:
+            continue
+        following = (batch, encoder.submit(batch.crops)) if batch else None
+        if queued:
+            yield queued[0], queued[1]()
+        queued = following
+
+
+def count_lost(bulk: Bulk, batch: Batch, delivered: set[str], lost: int) -> int:
+    """How many images in a row, up to the end of `batch`, are not there and their folder neither.
+
+    Raises UsageError where they are too many for wrong lines in a list, or their folder gave images before.
+    """
+    for place, row in enumerate(batch.rows, batch.first):
+        folder = bulk.images[place].folder
+        lost = lost + 1 if row.folder_gone else 0
+        if lost >= LOST_AFTER or (row.folder_gone and folder in delivered):
+            raise UsageError(f"{folder} is gone or empty, a lost disk or mount ({lost} images in a row are not there)")
+        if not row.reason:
+            delivered.add(folder)
+    return lost
+
+
+def finish(lock: FolderLock, batches: KeyBatches) -> None:
+    """Write failures.jsonl if all parts are there. Raises UsageError where they are not and nobody is left to make them."""
+    bulk = batches.bulk
+    lock.check_folder()
+    with lock.one_at_a_time():
+        unfinished = bulk.unfinished()
+        if not unfinished:
+            failures = write_failures(bulk.folder)
+            log.info(f"All {len(bulk.parts)} parts are in {bulk.folder}; {failures:,} images failed (failures.jsonl)")
+        elif lock.is_alone(then=fcntl.LOCK_UN) and (lock.lockable or batches.given_up):
+            raise UsageError(f"{len(unfinished)} parts are left unwritten because files could not be read")
+
+
+def write_failures(folder: Path) -> int:
+    """Gather the failures of all parts, but for what a later part holds, in failures.jsonl; returns how many there are.
+
+    Raises UsageError if there is nothing but failures.
+    """
+    failures: dict[str, dict[str, Any]] = {}
+    makers: dict[str, str] = {}
+    rows = 0
+    for path in sorted(folder.glob("part-*.npz")):
+        found = read_part(path, "path", "failed_index", "failed_path", "failed_reason", "made_with")
+        if found is None:
+            raise UsageError(f"{path.name} was damaged")
+        names, *failed, made_with = (values.tolist() for values in found)
+        rows += len(names)
+        makers.setdefault(made_with, path.name)
+        for name in failures.keys() & set(names) if failures else ():
+            del failures[name]
+        failures |= {name: {"index": index, "path": name, "reason": reason} for index, name, reason in zip(*failed)}
+    with inference.replacing(folder / "failures.jsonl") as file:
+        file.write("".join(json.dumps(failure) + "\n" for failure in failures.values()).encode())
+    if len(makers) > 1:
+        listed = "; ".join(f"from {name}: {made_with}" for made_with, name in makers.items())
+        log.warning(f"The parts were not all made with the same versions and device: {listed}")
+    if not rows:
+        raise UsageError("not one of these images gave features: see failures.jsonl for the reasons")
+    return len(failures)
 
 
 # --- command line ----------------------------------------------------------------------------------------------------

@@ -658,20 +658,18 @@ def _in_dtype(path: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -
 
 
 def _read_safetensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors of one file in `dtype`. float32 stays mapped to the file: no copy, and it is ready at once."""
+    """Tensors of one file in `dtype`; float32 stays mapped to the file, so that it is ready at once."""
     from safetensors import SafetensorError, safe_open
+
+    def read(name: str) -> torch.Tensor:
+        # Opened anew for each tensor, so that the pages of the file do not stay in memory beside a converted copy.
+        with safe_open(path, "pt") as file:
+            return _in_dtype(path, name, file.get_tensor(name), dtype)
 
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
-            if dtype == torch.float32:
-                return {name: _in_dtype(path, name, file.get_tensor(name), dtype) for name in names}
-        tensors = {}
-        for name in names:
-            # Opened anew for each tensor, so that the pages of the file do not stay in memory beside the converted copy.
-            with safe_open(path, "pt") as file:
-                tensors[name] = _in_dtype(path, name, file.get_tensor(name), dtype)
-        return tensors
+        return {name: read(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path}: {_damage(path)} ({first_line(error)}); fetch the file again") from error
 
@@ -739,17 +737,19 @@ def _native_config(path: Path, state: dict[str, torch.Tensor]) -> dict[str, Any]
 
 
 POOLER_KEYS = ["pooler.dense.bias", "pooler.dense.weight"]
-NATIVE_NAMES = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.output.dense",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-    "norm": "layernorm",
-}
+NATIVE_NAMES = (
+    (r"^cls_token$", "embeddings.cls_token"),
+    (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^norm\.", "layernorm."),
+    (r"^blocks\.", "encoder.layer."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.qkv\.", ".attention.attention.qkv."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
 
 
 def map_native_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -759,19 +759,13 @@ def map_native_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     mapped = {}
     for name, tensor in state.items():
-        if name in ("cls_token", "pos_embed"):
-            mapped[NATIVE_NAMES[name]] = tensor
-            continue
-        stem, _, leaf = name.rpartition(".")
-        prefix = ""
-        if stem.startswith("blocks."):
-            _, number, stem = (stem + "..").split(".", 2)
-            prefix, stem = f"encoder.layer.{number}.", stem.rstrip(".")
-        if stem == "attn.qkv":
-            for part, chunk in zip(("query", "key", "value"), tensor.chunk(3)):
-                mapped[f"{prefix}attention.attention.{part}.{leaf}"] = chunk
+        for native, hub in NATIVE_NAMES:
+            name = re.sub(native, hub, name)
+        if ".qkv." in name:
+            parts = zip(("query", "key", "value"), tensor.chunk(3))
+            mapped |= {name.replace("qkv", part): chunk for part, chunk in parts}
         else:
-            mapped[f"{prefix}{NATIVE_NAMES.get(stem, stem)}.{leaf}"] = tensor
+            mapped[name] = tensor
     return mapped
 
 
@@ -790,14 +784,13 @@ def _random_model(dtype: torch.dtype) -> torch.nn.Module:
     module = module.to(dtype).to_empty(device="cpu")
     bound = math.sqrt(3) * config.initializer_range
 
-    def draw(
-        numbered: tuple[int, torch.Tensor],
-    ) -> None:  # a generator each: the result does not depend on the number of threads
-        values = torch.empty(numbered[1].shape)
-        numbered[1].copy_(values.uniform_(-bound, bound, generator=torch.Generator().manual_seed(SEED + numbered[0])))
+    def draw(number: int, matrix: torch.Tensor) -> None:
+        generator = torch.Generator().manual_seed(SEED + number)  # one each: whatever the number of threads, the same result
+        matrix.data.copy_(torch.empty(matrix.shape).uniform_(-bound, bound, generator=generator))
 
+    matrices = [parameter for parameter in module.parameters() if parameter.dim() > 1]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(draw, enumerate(parameter.data for parameter in module.parameters() if parameter.dim() > 1)))
+        list(pool.map(draw, range(len(matrices)), matrices))
     for name, parameter in module.named_parameters():
         if parameter.dim() == 1:
             parameter.data.fill_(1.0 if "layernorm" in name and name.endswith("weight") else 0.0)
@@ -887,9 +880,7 @@ def check_lock(model: str, weights: Weights, allow_unlocked: bool) -> None:
         if locked is not None and locked != digest.result():
             message = f"{name}: its sha256 is not the one recorded in locked_models.md for {model} ({locked[:12]}...)"
             if not allow_unlocked:
-                raise UsageError(
-                    f"{message}; nothing was computed. Fetch the file again, or use --allow_unlocked for other weights"
-                )
+                raise UsageError(f"{message}; nothing was computed. Fetch the file again, or use --allow_unlocked")
             log.warning(f"{message}; accepted by --allow_unlocked")
 
 
@@ -1099,9 +1090,8 @@ def _to_rgb_or_grey(image: Image.Image) -> Image.Image:
         # lies under transparent pixels.
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return (
-        image if image.mode in ("RGB", "L") else image.convert("RGB")
-    )  # grey stays grey until it is resized: a third of the cost
+    # Grey stays grey until it is resized: a third of the cost.
+    return image if image.mode in ("RGB", "L") else image.convert("RGB")
 
 
 def _grey_from_16_bits(image: Image.Image) -> Image.Image:
@@ -1335,9 +1325,8 @@ class Encoder:
             kind, _, layer = name.partition("_layer_")
             count = model.module.config.num_hidden_layers
             if kind not in FEATURES or (layer and layer.removesuffix("_normed") not in map(str, range(1, count + 1))):
-                raise UsageError(
-                    f"{name}: no such feature; use {', '.join(FEATURES)}, or _layer_1 to _layer_{count} behind one"
-                )
+                known = f"{', '.join(FEATURES)}, or _layer_1 to _layer_{count} behind one"
+                raise UsageError(f"{name}: no such feature; use {known}")
         self.model = model
         self.names = tuple(names)
         self.batch_size = batch_size
@@ -1761,9 +1750,7 @@ def open_log(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise UsageError(
-            f"{path}: the log cannot be written ({error.strerror}); name another file with --output_log"
-        ) from error
+        raise UsageError(f"{path}: the log cannot be written ({error.strerror}); name another with --output_log") from error
     file.setFormatter(LOG_LAYOUT)
     log.addHandler(file)
     kept.setTarget(file)
@@ -1807,9 +1794,8 @@ def is_trial(args: argparse.Namespace, model: LoadedModel) -> bool:
 
 def read_record(path: Path) -> dict[str, Any]:
     """A result that is on record, or {} where there is none that can be read."""
-    with suppress(OSError, ValueError):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record if isinstance(record, dict) else {}
+    with suppress(UsageError):
+        return read_json(path, "the result")
     return {}
 
 
@@ -1943,12 +1929,11 @@ def git_state() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Versions of what computes: null where it is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": None}
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("torch", "torch_npu", "transformers", "numpy", "pillow"):
-        try:
-            found[name] = torch.__version__ if name == "torch" else importlib.metadata.version(name)
-        except (ImportError, importlib.metadata.PackageNotFoundError):
-            found[name] = None
+        found[name] = None
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found
 
 
@@ -1963,9 +1948,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else args
-        return super().parse_args(
-            [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in args], namespace
-        )
+        args = [re.sub(r"(?<=^--)[\w-]+", lambda flag: flag[0].replace("-", "_"), arg) for arg in args]
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
@@ -1981,20 +1965,13 @@ def positive_int(text: str) -> int:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that mean the same in every script."""
     add = parser.add_argument_group("model and device").add_argument
-    add(
-        "--model_path",
-        default=DEFAULT_MODEL_PATH,
-        help="folder, hub id or Meta's native .pth (default: %(default)s, else the hub)",
-    )
+    path = "folder, hub id or Meta's native .pth (default: %(default)s, else the hub)"
+    add("--model_path", default=DEFAULT_MODEL_PATH, help=path)
     add("--device", type=device_spec, default="auto", help="auto (an NPU, else a GPU, else the CPU), cpu, cuda[:N], npu[:N]")
     add("--dtype", choices=DTYPES, default="float32", help="arithmetic of the model (default: %(default)s)")
     add("--image_size", type=positive_int, metavar="PIXELS", help="side of the input (default: the checkpoint's, 224)")
-    add(
-        "--resize",
-        choices=RESIZES,
-        default="crop",
-        help="crop: the checkpoint's way; squash: no crop; 256: short edge 256, crop",
-    )
+    ways = "crop: the checkpoint's way; squash: no crop; 256: short edge 256, crop"
+    add("--resize", choices=RESIZES, default="crop", help=ways)
     add("--allow_hf32", action="store_true", help="let float32 be rounded (HF32, TF32): faster, 1000 times less exact")
     add("--deterministic", action="store_true", help="the same bits on every run on an NPU, at some cost (embed.py: always)")
     add("--without", nargs="+", choices=LEVERS, default=[], metavar="LEVER", help=f"switch off any of {', '.join(LEVERS)}")
@@ -2068,16 +2045,14 @@ def load_from_args(args: argparse.Namespace, device: Device) -> LoadedModel:
     if model.name != HUB_ID:
         log.warning(f"This is not {MODEL_NAME} but {model.name}; no evidence for this bundle's page")
     if model.weights.note:
-        log.warning(
-            f"The weights {model.weights.note.replace('looks', 'look')}: every layer norm is as an initialisation leaves it"
-        )
+        note = model.weights.note.replace("looks", "look")
+        log.warning(f"The weights {note}: every layer norm is as an initialisation leaves it")
     if model.missing_keys:
         log.warning(f"Missing from the checkpoint: {', '.join(model.missing_keys)}")
     state = {"missing": "missing from the checkpoint, seeded here", "untrained": "untrained, as an initialisation leaves it"}
     if model.pooler in state:
-        log.warning(
-            f"Pooler: {state[model.pooler]}. Its output is a random projection of the class token, not a learned feature"
-        )
+        told = "Its output is a random projection of the class token, not a learned feature"
+        log.warning(f"Pooler: {state[model.pooler]}. {told}")
     return model
 
 
@@ -2111,9 +2086,8 @@ def run_script(script: str, args: argparse.Namespace, body: Callable[[argparse.N
         return 130
     except Exception as error:
         _settle_anyhow(args)
-        log.error(
-            f"error: {type(error).__name__}: {first_line(error)} (unforeseen; the traceback is in the log)", exc_info=True
-        )
+        told = f"{type(error).__name__}: {first_line(error)}"
+        log.error(f"error: {told} (unforeseen; the traceback is in the log)", exc_info=True)
         return 70
     finally:
         _settle_anyhow(args)
@@ -2126,9 +2100,7 @@ def run_script(script: str, args: argparse.Namespace, body: Callable[[argparse.N
 def _open_as_asked(args: argparse.Namespace) -> Device:
     device = open_device(args.device, args.allow_hf32, args.deterministic)
     if device.kind == "npu" and args.dtype == "float16" and os.environ.get("INF_NAN_MODE_FORCE_DISABLE") == "1":
-        raise UsageError(
-            "INF_NAN_MODE_FORCE_DISABLE=1 lets float16 saturate, so no overflow is seen; unset it, or use --dtype float32"
-        )
+        raise UsageError("INF_NAN_MODE_FORCE_DISABLE=1 lets float16 saturate unseen; unset it, or use --dtype float32")
     log.info(f"Device: {device.torch_device}, {device.name} ({device.reason})")
     if args.dtype == "float32":
         strict = "true float32 (no HF32, no TF32, erf GELU)"
@@ -2153,9 +2125,8 @@ def add_feature_arguments(parser: argparse.ArgumentParser, images: str, output: 
     add("--save_pooler", action="store_true", help="save the pooler's output too: no learned feature unless it is trained")
     add("--feature_dtype", choices=DTYPES[:2], default="float32", help="how features are saved (default: %(default)s)")
     add("--batch_size", type=positive_int, metavar="N", help="images at once (default: 8 on the CPU, 64 elsewhere)")
-    add(
-        "--execution", choices=("eager", "graph"), default="eager", help="graph: capture the forward pass, replay it (NPU, GPU)"
-    )
+    how = "graph: capture the forward pass, replay it (NPU, GPU)"
+    add("--execution", choices=("eager", "graph"), default="eager", help=how)
 
 
 def make_parser() -> ArgumentParser:

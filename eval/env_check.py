@@ -6,8 +6,7 @@
 Prints the environment and writes results/env_info.json and logs/env_check.log. A machine whose NPU is BLOCKED keeps a record
 of one that works, or that is BLOCKED for the same reason: it writes results/trial/ and logs/trial/, or with --publish results/
 and logs/ (env_info_cpu.json and env_check_cpu.log beside an NPU's). User names, host names and what looks like a secret are
-left out. --lock_weights first loads the weights, and records sizes and SHA-256 of their files in locked_models.md; it refuses
-what is none of the Web-SSL MAE encoders, or looks untrained.
+left out. --lock_weights loads weights, and records sizes and SHA-256 of their files in locked_models.md.
 
 Exit codes: 0 done, also where no NPU can be used; 2 wrong usage, a package that is missing, unusable weights or a file that
 cannot be written; 70 an error nobody foresaw; 130 stopped by Ctrl-C.
@@ -15,30 +14,24 @@ cannot be written; 70 an error nobody foresaw; 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
+import argparse
 import importlib
-import json
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import traceback
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import argparse
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
 ENVIRONMENT = dict(os.environ)  # the user's own: what is imported below adds to it
 MISSING: str | None = None  # on a bare host this script still says what to install
 
-from stacks import cann_packages_fit, find_cann, install_advice, installed, pairing, requirements_fit, versions_fit
+from stacks import CANN_PACKAGES, find_cann, install_advice, installed, pairing, stack_for, unmet
 
 try:
     import inference  # first of all: it sets what must precede torch
@@ -49,7 +42,6 @@ except KeyboardInterrupt:
     print("stopped; run it again", file=sys.stderr)
     raise SystemExit(130) from None
 
-REPOSITORY = "webssl-mae300m-npu"
 LOCKS = ROOT / "locked_models.md"
 LOCK_HEADING = "| model | file | bytes | sha256 |"
 TOOL_TIMEOUT_S = 20.0
@@ -67,10 +59,7 @@ SILENT_VARIABLES = {
     "TASK_QUEUE_ENABLE": "how operators are launched: 0 waits, 1 is the default, 2 is fastest and refused in graphs",
     "TORCH_NPU_USE_COMPATIBLE_IMPL": "1: torch_npu 26.0 and later compute gelu and others as torch does on a GPU",
 }
-
-SHOWN_VARIABLES = re.compile(
-    r"ASCEND|CANN|HCCL|NPU_|TORCH_|PYTORCH_NPU|(?:LD_LIBRARY_PATH|PYTHONPATH|HF_ENDPOINT)$", re.IGNORECASE
-)
+SHOWN_VARIABLES = re.compile(r"ASCEND|CANN|HCCL|NPU_|TORCH_|PYTORCH_NPU|(?:LD_LIBRARY_PATH|PYTHONPATH|HF_ENDPOINT)$", re.I)
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIAL", re.IGNORECASE)
 SECRETS = (
     (r"(?<=://)\S+@", "***@"),
@@ -95,20 +84,15 @@ def mask(text: str) -> str:
     return re.sub(r"(?<![\w.~])/(?:home|Users)/[^/\s:]+", "~", text)
 
 
-def silent_variables() -> dict[str, str]:
-    """The variables of SILENT_VARIABLES that are set, with ACL_* for all that begin so."""
-    return {name: mask(value) for name, value in sorted(ENVIRONMENT.items()) if _meaning(name)}
-
-
-def _meaning(name: str) -> str | None:
-    return SILENT_VARIABLES.get("ACL_*" if name.startswith("ACL_") else name)
+def meaning_of(variable: str) -> str | None:
+    return SILENT_VARIABLES.get("ACL_*" if variable.startswith("ACL_") else variable)
 
 
 def shown_variables(environment: Mapping[str, str]) -> list[str]:
     """NAME=value of what rules CANN, torch_npu and the downloads, secrets masked; what decides silently is explained."""
     lines = []
     for name in sorted(environment):
-        meaning = _meaning(name)
+        meaning = meaning_of(name)
         if meaning or SHOWN_VARIABLES.match(name):
             value = LONG_TOKEN.sub("***", mask(" ".join(environment[name].split())))
             value = "***" if SECRET_NAMES.search(name) else value
@@ -124,31 +108,17 @@ def tool_output(*command: str) -> str:
     name, called = command[0], " ".join(command)
     try:
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
+        output = process.communicate(timeout=TOOL_TIMEOUT_S)[0].rstrip()
     except FileNotFoundError:
         return f"{name}: not found"
     except OSError as error:
         return f"{name}: cannot be run ({error.strerror})"
-    try:
-        output = process.communicate(timeout=TOOL_TIMEOUT_S)[0].rstrip()
-    except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:  # Ctrl-C does not reach what is in a session of its own
-        with suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        with suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=1)  # not longer: a program that is stuck in its driver cannot be killed
+    except subprocess.TimeoutExpired:
+        process.kill()  # and not waited for: a program that is stuck in its driver cannot be killed
         return f"{called}: no answer within {TOOL_TIMEOUT_S:g} s"
-    if process.returncode != 0:
-        return "\n".join([f"{called}: failed with exit code {process.returncode}", *output.splitlines()])
-    return output
+    return output if process.returncode == 0 else f"{called}: failed with exit code {process.returncode}\n{output}".rstrip()
 
 
 def find_npu() -> dict[str, Any]:
@@ -159,67 +129,42 @@ def find_npu() -> dict[str, Any]:
         return found | {"npu_status": "available", "npu_blocked_reason": None}
     except Exception as error:  # noqa: BLE001 (whatever is wrong with a machine is what this script is there to tell)
         reason = str(error) if isinstance(error, Blocked) else inference.first_line(error)
-        return {"npu_model": None, "npu_count": None, "npu_status": "blocked", "npu_blocked_reason": mask(reason)}
-
-
-def gpu_name() -> str | None:
-    """Name of the first GPU that torch can use."""
-    with warnings.catch_warnings(), suppress(Exception):
-        warnings.simplefilter("ignore")
-        return inference.open_device("cuda").name
-    return None
-
-
-def cpu_name() -> str:
-    name = inference.open_device("cpu").name.rpartition(", ")[0]
-    if name == platform.machine():  # Arm's /proc/cpuinfo has no model name
-        found = re.search(r"^Model name: *(\S.*)$", tool_output("lscpu"), re.MULTILINE)
-        name = found[1] if found else name
-    return name
-
-
-def memory_gb() -> float | None:
-    """The machine's memory in GiB."""
-    with suppress(AttributeError, OSError, ValueError):
-        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-    return None
+        return {"npu_model": None, "npu_count": None, "npu_status": "blocked", "npu_blocked_reason": reason}
 
 
 def collect() -> dict[str, Any]:
     """What results/env_info.json holds: the published keys first."""
     npu, cann, found = find_npu(), find_cann(os.environ), inference.versions()
+    together = pairing(torch.__version__, found["torch_npu"], cann.number)[1] if found["torch_npu"] else None
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    advice = [cann.note] if cann.note else []
-    advice += versions_fit(torch.__version__, found["torch_npu"], cann.number) + variables_fit(ENVIRONMENT)
-    advice += requirements_fit(requirements) + (cann_packages_fit(cann.number) if cann.reported else [])
-    works = npu["npu_status"] == "available"
-    return {
+    advice = [*filter(None, [cann.note]), *variables_fit(ENVIRONMENT), *unmet(requirements, "requirements.txt")]
+    if cann.reported:
+        stack = stack_for(cann.number)
+        needed = [*CANN_PACKAGES, *([stack.numpy] if stack else [])]
+        advice += unmet(needed, "CANN's compiler may not start without it: error code 500001")
+    info = {
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python_version": platform.python_version(),
         "architecture": platform.machine(),
         "npu_model": npu.pop("npu_model"),
         "npu_count": npu.pop("npu_count"),
-        "cann_version": mask(cann.reported) if cann.reported else None,
+        "cann_version": cann.reported,
         "torch_version": torch.__version__,
         "torch_npu_version": found["torch_npu"],
         "transformers_version": found["transformers"],
         "numpy_version": found["numpy"],
         **npu,
-        "cpu": cpu_name(),
+        "cpu": inference.cpu_name(),
         "cpu_cores": os.cpu_count(),
-        "memory_gb": memory_gb(),
-        "gpu": gpu_name(),
-        "pairing": pairing(found["torch_npu"], cann.number),
-        "advice": [mask(line) for line in advice],
-        "install": install_advice(torch.__version__, found["torch_npu"], cann, works),
-        "silent_variables": silent_variables(),
+        "pairing": together,
+        "install": install_advice(torch.__version__, found["torch_npu"], cann, npu["npu_status"] == "available"),
         "time_utc": inference.utc_now(),
-        "command": mask(inference.command_line()),
+        "command": inference.command_line(),
         **inference.git_state(),
     }
-
-
-# --- what goes together ---
+    info = {key: mask(value) if isinstance(value, str) else value for key, value in info.items()}
+    silent = {name: mask(value) for name, value in sorted(ENVIRONMENT.items()) if meaning_of(name)}
+    return info | {"advice": list(map(mask, advice)), "silent_variables": silent}
 
 
 def variables_fit(environment: Mapping[str, str]) -> list[str]:
@@ -232,19 +177,22 @@ def variables_fit(environment: Mapping[str, str]) -> list[str]:
         )
     numbers = [int(number) for number in re.findall(r"\d+", visible)]
     if visible and (numbers != sorted(set(numbers)) or not re.fullmatch(r"\d+( *, *\d+)*", visible.strip())):
-        advice.append(
-            f"ASCEND_RT_VISIBLE_DEVICES={mask(visible)}: it must be ascending numbers with commas between, such as 0,1"
-        )
+        advice.append(f"ASCEND_RT_VISIBLE_DEVICES={visible}: it must be ascending numbers with commas between, such as 0,1")
     return advice
 
 
 # --- the log ---
 
 
-def sections(info: dict[str, Any], notes: Sequence[str]) -> str:
-    """The log: the published sections, then whether it all goes together. `notes` are its last lines."""
+def sections(info: dict[str, Any], locked: Sequence[str]) -> str:
+    """The log: the published sections, then whether it all goes together. `locked` are its last lines."""
     uname = platform.uname()
     versions = {name: info[f"{name}_version"] or "not installed" for name in ("torch", "torch_npu", "transformers")}
+    git = "no git, or no git repository"
+    if info["git_commit"]:
+        branch = inference.git("branch", "--show-current") or "none (a commit is checked out)"
+        changed = "yes" if info["git_dirty"] else "no"
+        git = f"Branch: {branch}\nCommit: {info['git_commit']}\nPython files changed since: {changed}"
     parts = {
         "System Info": f"{uname.system} {uname.release} {uname.version} {uname.machine}",
         "Python": f"Python {info['python_version']}\npip {installed('pip') or 'not installed'}",
@@ -253,58 +201,38 @@ def sections(info: dict[str, Any], notes: Sequence[str]) -> str:
         "PyTorch": versions["torch"],
         "torch_npu": versions["torch_npu"],
         "transformers": versions["transformers"],
-        "Git Info": _git_lines(info),
+        "Git Info": git,
         "Ascend environment variables": "\n".join(shown_variables(ENVIRONMENT)) or "none",
-        "What goes together": "\n".join([*verdict(info), *notes]),
+        "What goes together": "\n".join([*verdict(info), *locked]),
     }
-    heading = ["# Environment Check Log", f"# Repository: {REPOSITORY}", f"# Model: {inference.MODEL_NAME}"]
-    heading.append(f"# Date: {info['time_utc'][:19].replace('T', ' ')} UTC")
-    text = "\n".join([*heading, *(f"## {name}\n{body}" for name, body in parts.items())]) + "\n"
+    date = f"{info['time_utc'][:19].replace('T', ' ')} UTC"
+    text = f"# Environment Check Log\n# Repository: webssl-mae300m-npu\n# Model: {inference.MODEL_NAME}\n# Date: {date}\n"
+    text += "".join(f"## {name}\n{body}\n" for name, body in parts.items())
     return mask(text.encode("utf-8", "backslashreplace").decode("utf-8"))
-
-
-def _git_lines(info: dict[str, Any]) -> str:
-    if info["git_commit"] is None:
-        return "no git, or no git repository"
-    branch = tool_output("git", "-C", str(ROOT), "branch", "--show-current") or "none (a commit is checked out)"
-    changed = "yes" if info["git_dirty"] else "no"
-    return f"Branch: {branch}\nCommit: {info['git_commit']}\nPython files changed since: {changed}"
 
 
 def verdict(info: dict[str, Any]) -> list[str]:
     """Whether the NPU can be used, what else computes, what to change and what to install."""
-    if info["npu_status"] == "available":
-        npu = f"NPU: available, {info['npu_count']} x {info['npu_model']}"
-    else:
-        npu = f"NPU: BLOCKED: {info['npu_blocked_reason']}"
-    hardware = f"CPU: {info['cpu']}, {info['cpu_cores']} cores, {info['memory_gb']} GiB; GPU: {info['gpu'] or 'none'}"
-    versions = ["Look at", *(f"- {line}" for line in info["advice"])] if info["advice"] else ["Nothing to change"]
+    works = info["npu_status"] == "available"
+    state = f"available, {info['npu_count']} x {info['npu_model']}" if works else f"BLOCKED: {info['npu_blocked_reason']}"
     return [
-        npu,
-        hardware,
-        f"Versions: {info['pairing'] or 'no torch_npu beside CANN'}",
-        *versions,
+        f"NPU: {state}",
+        f"CPU: {info['cpu']}, {info['cpu_cores']} cores",
+        f"Versions: {info['pairing'] or 'no torch_npu'}",
+        *(["Look at", *(f"- {line}" for line in info["advice"])] if info["advice"] else ["Nothing to change"]),
         f"Install: {info['install']}",
     ]
 
 
-def destination(args: argparse.Namespace, info: dict[str, Any]) -> tuple[Path, Path, list[str]]:
-    """Where JSON and log go, and a line where a record is kept: a BLOCKED machine replaces neither an NPU nor its like."""
-    record: dict[str, Any] = {}
+def destination(args: argparse.Namespace, info: dict[str, Any]) -> tuple[Path, Path]:
+    """Where JSON and log go: a BLOCKED machine replaces neither the record of an NPU nor one of its like."""
     folder = Path(args.results_dir or ROOT / "results")
-    with suppress(OSError, ValueError):
-        found = json.loads((folder / "env_info.json").read_text(encoding="utf-8"))
-        record = found if isinstance(found, dict) else {}
-    blocked = info["npu_status"] == "blocked"
+    record, blocked = inference.read_record(folder / "env_info.json"), info["npu_status"] == "blocked"
     works = blocked and record.get("npu_status") == "available"
     same = blocked and "npu_blocked_reason" in record and _gist(record) == _gist(info)
     below, suffix = ("trial" if (works or same) and not args.publish else ""), ("_cpu" if works else "")
     path = (folder if args.results_dir else folder / below) / f"env_info{suffix}.json"
-    log_path = Path(args.output_log or ROOT / "logs" / below / f"env_check{suffix}.log")
-    if path == folder / "env_info.json":
-        return path, log_path, []
-    why = "a machine whose NPU works" if works else "the same reason (--publish replaces it)"
-    return path, log_path, [f"{inference.relative_to_root(folder)}/env_info.json is kept: it records {why}"]
+    return path, Path(args.output_log or ROOT / "logs" / below / f"env_check{suffix}.log")
 
 
 def _gist(info: dict[str, Any]) -> str:
@@ -320,8 +248,7 @@ def lock_weights(given: str) -> list[str]:
     path = Path(given).expanduser()
     path = path if path.exists() else ROOT / given
     if not (path.suffix == ".pth" and path.is_file()) and not any(path.glob("*.safetensors")):
-        wanted = "name a folder in transformers' layout with *.safetensors, or a .pth file"
-        raise UsageError(f"--lock_weights {given}: no weights there; {wanted}")
+        raise UsageError(f"--lock_weights {given}: no weights there; name a folder with *.safetensors, or a .pth file")
     # Loaded first: what the loader refuses, such as a truncated file, must not become the record.
     inference.log.setLevel("ERROR")  # what differs from the record is an error here, told below
     model = inference.load_model(inference.open_device("cpu"), str(path), allow_unlocked=True, levers=())
@@ -330,15 +257,10 @@ def lock_weights(given: str) -> list[str]:
     if model.weights.note:
         raise UsageError(f"--lock_weights {given}: the checkpoint {model.weights.note}; nothing was recorded")
     folder = path if path.is_dir() else path.parent
-    try:
-        found = {name: ((folder / name).stat().st_size, future.result()) for name, future in model.weights.files.items()}
-        text = LOCKS.read_bytes().decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--lock_weights {given}: {error}; nothing was recorded") from error
-    updated = update_locks(text, model.name, found)
-    if updated != text:
-        with inference.replacing(LOCKS) as file:
-            file.write(updated.encode("utf-8"))
+    found = {name: ((folder / name).stat().st_size, digest.result()) for name, digest in model.weights.files.items()}
+    updated = update_locks(LOCKS.read_text(encoding="utf-8"), model.name, found)
+    with inference.replacing(LOCKS) as file:
+        file.write(updated.encode("utf-8"))
     return [f"Locked: {model.name}, {name}, {size} bytes, sha256 {digest}" for name, (size, digest) in found.items()]
 
 
@@ -347,25 +269,18 @@ def update_locks(text: str, model: str, files: Mapping[str, tuple[int, str]]) ->
 
     Raises UsageError where another hash is recorded for one of them: a lock is not replaced by the way.
     """
-    table = re.search(rf"^{re.escape(LOCK_HEADING)}[^\n]*(?:\n\|[^\n]*)*", text, re.MULTILINE)
-    if table is None:
-        raise UsageError(f"locked_models.md has no table '{LOCK_HEADING}'; fetch the file again")
-    rows = table[0].split("\n")  # a row keeps its \r
     for name, (size, digest) in files.items():
+        table = re.search(rf"^{re.escape(LOCK_HEADING)}(?:\n\|.*)*", text, re.MULTILINE)
+        row = re.search(rf"^\| `{re.escape(model)}` \| `{re.escape(name)}` \|.*\| (.*) \|$", table[0], re.MULTILINE)
+        if row and row[1] not in ("not recorded", f"`{digest}`"):
+            raise UsageError(
+                f"{name}: locked_models.md records another sha256 for {model} ({row[1][1:13]}...), nothing was recorded. "
+                "To lock these weights in its place, set its row to 'not recorded' first"
+            )
         new = f"| `{model}` | `{name}` | {size} | `{digest}` |"
-        for number, row in enumerate(rows):
-            old = re.match(rf"\| *`{re.escape(model)}` *\| *`{re.escape(name)}` *\|[^|]*\| *`?([^|`]*?)`? *\|", row)
-            if old and re.fullmatch(r"[0-9a-f]{64}", old[1]) and old[1] != digest:
-                raise UsageError(
-                    f"{name}: locked_models.md records another sha256 for {model} ({old[1][:12]}...), nothing was recorded. "
-                    "To lock these weights in its place, set its row to 'not recorded' first"
-                )
-            if old:
-                rows[number] = new + row[old.end() :]
-                break
-        else:
-            rows.append(new + ("\r" if rows[0].endswith("\r") else ""))
-    return text[: table.start()] + "\n".join(rows) + text[table.end() :]
+        changed = table[0].replace(row[0], new) if row else f"{table[0]}\n{new}"
+        text = text.replace(table[0], changed)
+    return text
 
 
 # --- command line ---
@@ -380,27 +295,21 @@ def make_parser() -> inference.ArgumentParser:
     return parser
 
 
-def check(args: argparse.Namespace, locked: Sequence[str]) -> None:
-    """Write JSON and log, and print the log. `locked` are lines about weights that were recorded before."""
+def check(args: argparse.Namespace) -> None:
+    """Write JSON and log, and print the log."""
+    locked = lock_weights(args.lock_weights) if args.lock_weights else []
     info = collect()
-    path, log_path, kept = destination(args, info)
-    text = sections(info, [*locked, *kept])
+    path, log_path = destination(args, info)
+    text = sections(info, locked)
     try:
         inference.write_json(path, info)
         with inference.replacing(log_path) as file:
             file.write(text.encode("utf-8"))
     except UsageError as error:
         raise UsageError(f"{error}; name another place with --results_dir and --output_log") from error
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), end="")
+    sys.stdout.reconfigure(errors="backslashreplace")
+    print(text, end="")
     print(f"Saved to {inference.relative_to_root(path)} and {inference.relative_to_root(log_path)}")
-
-
-def _require_torch() -> None:
-    try:
-        importlib.import_module("torch")
-    except OSError as error:  # a library that torch needs
-        raise ImportError(error) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -408,8 +317,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if MISSING:
             raise ImportError(MISSING)
         args = make_parser().parse_args(argv)
-        _require_torch()
-        check(args, lock_weights(args.lock_weights) if args.lock_weights else [])
+        try:
+            importlib.import_module("torch")
+        except OSError as error:  # a library that torch needs
+            raise ImportError(error) from error
+        check(args)
         return 0
     except KeyboardInterrupt:
         code, line = 130, "stopped; run it again"

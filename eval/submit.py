@@ -1,9 +1,9 @@
-"""The whole evaluation in one go: environment, inference, accuracy with sweep, performance with end to end, and the page.
+"""The whole evaluation in one go: environment, inference, accuracy with sweep, performance with end to end, tuning, the page.
 
     python eval/submit.py --device npu
 
 Each step is a process of its own. Whatever becomes of it (FAILED, BLOCKED, crashed), the later ones run, and the page is
-written. What is measured already, by these scripts, with these flags, weights and versions, is kept: stopped half way, the same
+written. What is measured already, by this code, with these flags, weights and versions, is kept: stopped half way, the same
 command goes on; --again measures all anew. Outcomes are kept in results/trial/submit.json. At the end the audit table is shown.
 
 Exit codes: the highest of the steps': 0 done; 1 missed its bar; 2 wrong usage or unusable input; 3 BLOCKED; 70 crashed;
@@ -13,15 +13,15 @@ Exit codes: the highest of the steps': 0 done; 1 missed its bar; 2 wrong usage o
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
@@ -31,8 +31,6 @@ from inference import UsageError
 import evidence
 import tables
 
-SAMPLES = "assets/samples"
-
 
 class Step(NamedTuple):
     """A script and its arguments. `result`: the name of what it measures; None where it is quick and always run."""
@@ -40,14 +38,16 @@ class Step(NamedTuple):
     name: str
     script: str
     arguments: tuple[str, ...]
-    result: str | None = None
+    result: str | None
 
 
 STEPS = (
-    Step("environment", "eval/env_check.py", ()),
-    Step("inference", "inference.py", ("--image_path", SAMPLES, "--pca", "picture.png"), "inference"),
+    Step("environment", "eval/env_check.py", (), None),
+    Step("inference", "inference.py", ("--image_path", "assets/samples", "--pca", "picture.png"), "inference"),
     Step("accuracy", "eval/eval_accuracy.py", ("--sweep",), "accuracy_eval"),
     Step("performance", "eval/eval_performance.py", ("--end_to_end", "500"), "performance_eval"),
+    Step("tuning", "eval/tune.py", (), "tuned"),
+    Step("page", "eval/evidence.py", (), None),
 )
 OUTCOMES = {0: "done", 1: "FAIL", 2: "wrong usage or unusable input", 3: "BLOCKED"}
 
@@ -65,67 +65,44 @@ def run(step: Step, arguments: Sequence[str]) -> int:
     return code if code >= 0 else 70
 
 
-def on_record(step: Step, arguments: Sequence[str], kind: str) -> int | None:
-    """The exit code of a measurement that need not be made again; None where there is none like it."""
-    record = inference.read_record(inference.ROOT / "results" / f"{inference.result_name(step.result, kind)}.json")
-    if record.get("status") == "BLOCKED" or "scripts_sha256" not in record:
-        return None
-    command = shlex.join(["python", step.script, *map(inference.shown_path, arguments)])
-    scripts = {path: _sha256(inference.ROOT / path) for path in record["scripts_sha256"]}
-    machine = inference.read_record(inference.ROOT / "results" / "env_info.json")
-    same = record["command"] == command and record["scripts_sha256"] == scripts and record["versions"] == inference.versions()
-    same = same and (kind != "npu" or record["device_name"] == machine.get("npu_model")) and _same_weights(record["weights"])
-    return (1 if record.get("overall") == "FAIL" else 0) if same else None
-
-
-def _same_weights(weights: dict[str, Any]) -> bool:
-    """Whether the files that a result names are still those; one from the hub is pinned by its commit."""
-    place = inference.ROOT / (weights.get("path") or "")
-    folder = place if place.is_dir() else place.parent
-    return (
-        weights["source"] == "random"
-        or not place.exists()
-        or all(_sha256(folder / name) == digest for name, digest in weights["sha256"].items())
-    )
-
-
-@cache
-def _sha256(path: Path) -> str | None:
-    return inference.sha256(path) if path.is_file() else None
+def fingerprint(step: Step, arguments: Sequence[str], args: argparse.Namespace) -> str:
+    """Changes with all that a measurement depends on, flags, code, versions, weights, machine, and with what it has written."""
+    root, place = inference.ROOT, inference.ROOT / args.model_path
+    machine = inference.read_record(root / "results" / "env_info.json")
+    files = [*root.glob("*.py"), *root.glob("eval/*.py"), *(place.iterdir() if place.is_dir() else [place])]
+    files += [root / "results" / f"{inference.result_name(step.result, args.device.partition(':')[0])}.json"]
+    digests = [inference.sha256(path) if path.is_file() else None for path in sorted(files)]
+    made_of = [step, list(arguments), digests, inference.versions(), machine.get("npu_model"), machine.get("cpu")]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
 def submit(args: argparse.Namespace, flags: Sequence[str]) -> int:
-    """Run all steps, then the page. Returns the highest exit code."""
-    kind, outcomes = args.device.partition(":")[0], []
+    """Run all steps. Returns the highest exit code."""
+    record = inference.ROOT / "results" / "trial" / "submit.json"
+    before, outcomes = inference.read_record(record), {}
     for step in STEPS:
-        own = [*step.arguments, *(flags if step.result else [])]
-        kept = None if args.again or step.result is None else on_record(step, own, kind)
-        print(
-            f"\n=== {step.name}: {'on record, kept' if kept is not None else shlex.join(['python', step.script, *own])}",
-            flush=True,
-        )
-        started = time.monotonic()
-        code = run(step, own) if kept is None else kept
-        outcome = OUTCOMES.get(code, "crashed") + (" (kept)" if kept is not None else "")
-        outcomes.append(
-            {"step": step.name, "exit_code": code, "outcome": outcome, "seconds": round(time.monotonic() - started, 1)}
-        )
-        inference.write_json(inference.ROOT / "results" / "trial" / "submit.json", {"steps": outcomes})
-    print("\n=== page", flush=True)
-    page = run(Step("page", "eval/evidence.py", ()), ["--allow_simulated"] if args.allow_simulated else [])
-    outcomes.append({"step": "page", "exit_code": page, "outcome": OUTCOMES.get(page, "crashed"), "seconds": None})
-    inference.write_json(inference.ROOT / "results" / "trial" / "submit.json", {"steps": outcomes})
-    print("\n" + "\n".join(f"{row['step']:<12} {row['outcome']}" for row in outcomes))
+        arguments = [*step.arguments, *(flags if step.result else [])]
+        kept = before.get(step.name) if step.result and not args.again else None
+        if kept and kept["exit_code"] in (0, 1) and kept["fingerprint"] == fingerprint(step, arguments, args):
+            print(f"\n=== {step.name}: on record, kept", flush=True)
+            outcomes[step.name] = kept
+        else:
+            print(f"\n=== {step.name}: {shlex.join(['python', step.script, *arguments])}", flush=True)
+            code = run(step, arguments)
+            outcomes[step.name] = {"exit_code": code, "outcome": OUTCOMES.get(code, "crashed")}
+            outcomes[step.name]["fingerprint"] = fingerprint(step, arguments, args) if step.result else None
+        inference.write_json(record, before | outcomes)
+    print("\n" + "\n".join(f"{name:<12} {row['outcome']}" for name, row in outcomes.items()))
     with suppress(UsageError):  # the page's step has told it
-        [audit] = tables.audit(evidence.read_evidence(inference.ROOT, args.allow_simulated))
-        print(tables.render([audit._replace(columns=audit.columns[:3])], "en"))  # a terminal has no use for links
-    return max(row["exit_code"] for row in outcomes)
+        [audit] = tables.audit(evidence.read_evidence(inference.ROOT))
+        short = tables.Table(audit.headings[:3], [row[:3] for row in audit.rows])  # a terminal has no use for links
+        print(tables.render([short], "en"))
+    return max(row["exit_code"] for row in outcomes.values())
 
 
 def make_parser() -> inference.ArgumentParser:
     parser = inference.ArgumentParser(__doc__)
     parser.add_argument("--again", action="store_true", help="measure again what is measured already")
-    parser.add_argument("--allow_simulated", action="store_true", help="for the tests only: write a page of the simulated NPU")
     inference.add_model_arguments(parser)
     parser.set_defaults(device="npu")
     return parser
@@ -137,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     if args.device == "auto":
         parser.error("--device auto: name the device that is submitted, such as npu")
-    flags = [word for word in words if word not in ("--again", "--allow_simulated", "--allow-simulated")]
+    flags = [word for word in words if word != "--again"]
     flags += [] if any(word.startswith("--device") for word in words) else ["--device", args.device]
     inference.stopping.last_words = "stopped; what is measured is kept: run the same command to go on"
     inference.stopping.graceful = True

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
 SAMPLES = ROOT / "assets" / "samples"
 sys.path[:0] = [str(ROOT), str(ROOT / "eval"), str(TESTS)]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist fills the cores; threads beside it would only contend
 
 import inference
 import torch
@@ -113,6 +114,18 @@ def to_native_names(hub: dict[str, torch.Tensor], layers: int = TINY["num_hidden
             native[f"{new}.mlp.fc1.{leaf}"] = hub[f"{old}.intermediate.dense.{leaf}"]
             native[f"{new}.mlp.fc2.{leaf}"] = hub[f"{old}.output.dense.{leaf}"]
     return native
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """A folder of seven photos at three depths and two files that are none."""
+    photo = (SAMPLES / "chelsea.jpg").read_bytes()
+    for name in ("b.JPG", "a.jpeg", "sub/c.Webp", "sub/deep/d.tif", "z.png", "e.gif", "f.BMP"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(photo)
+    (tmp_path / "photos" / "notes.md").write_text("not an image")
+    (tmp_path / "photos" / "sub" / "labels.csv").touch()
+    return tmp_path / "photos"
 
 
 @pytest.fixture(scope="session")

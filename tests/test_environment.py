@@ -11,7 +11,6 @@ import platform
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import pytest
 import torch
 
 import env_check
+import resolve_stacks
 import stacks
 from conftest import ROOT, SAMPLES, TINY, run_script, save_checkpoint
 
@@ -99,13 +99,12 @@ def section(log: str, heading: str) -> str:
 def test_the_published_keys_come_first_then_the_machine(check, no_torch_npu):
     info = check().files["env_info.json"]
     assert list(info)[:10] == list(PUBLISHED)
-    more = "npu_status npu_blocked_reason cpu cpu_cores memory_gb gpu pairing advice install silent_variables time_utc command"
+    more = "npu_status npu_blocked_reason cpu cpu_cores pairing advice install silent_variables time_utc command"
     more += " git_commit git_dirty"
     assert set(info) == {*PUBLISHED, *more.split()}
     assert info["python_version"] == ".".join(map(str, sys.version_info[:3]))
     assert info["torch_version"] == torch.__version__
     assert info["os"].endswith(info["architecture"])
-    assert info["memory_gb"] > 0.1
     assert info["cpu"]
 
 
@@ -130,9 +129,7 @@ def test_an_npu_that_works_is_named_and_counted(check, npu):
 
 
 def test_an_npu_that_fails_in_an_unforeseen_way_is_blocked(check, monkeypatch):
-    monkeypatch.setattr(
-        inference, "open_device", lambda spec: 1 / 0 if spec == "npu" else SimpleNamespace(name="a CPU, 1 threads")
-    )
+    monkeypatch.setattr(inference, "open_device", lambda _spec: 1 / 0)
     done = check()
     assert done.code == 0
     assert done.files["env_info.json"]["npu_blocked_reason"] == "division by zero"
@@ -181,9 +178,7 @@ def test_a_blocked_run_keeps_the_record_of_a_machine_with_an_npu(check, no_torch
     done = check()
     assert record.read_text() == '{"npu_status": "available"}'
     assert done.files["env_info_cpu.json"]["npu_status"] == "blocked"
-    assert [line for line in done.log.splitlines() if "is kept" in line] == [
-        f"{tmp_path}/results/env_info.json is kept: it records a machine whose NPU works"
-    ]
+    assert "Saved to " in done.out and "results/env_info_cpu.json and " in done.out
 
 
 @pytest.fixture
@@ -285,7 +280,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(capsys):
 
 
 def test_an_error_that_nobody_foresaw_is_one_line_with_its_place_and_exit_code_70(check, no_torch_npu, monkeypatch):
-    monkeypatch.setattr(env_check, "memory_gb", lambda: 1 / 0)
+    monkeypatch.setattr(inference, "cpu_name", lambda: 1 / 0)
     done = check()
     assert (done.code, done.out, done.files) == (70, "", {})
     assert re.fullmatch(r"error nobody foresaw: ZeroDivisionError at test_environment\.py:\d+: division by zero\n", done.err)
@@ -295,7 +290,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(check, no_torch_npu, monkeypatch):
     def stopped() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(env_check, "memory_gb", stopped)
+    monkeypatch.setattr(inference, "cpu_name", stopped)
     done = check()
     assert (done.code, done.out, done.err) == (130, "", "stopped; run it again\n")
 
@@ -337,27 +332,14 @@ def test_an_npu_smi_that_cannot_be_run_is_told(check, no_torch_npu, program):
     assert section(check().log, "NPU Info").startswith("npu-smi: cannot be run (")
 
 
-def test_a_hanging_npu_smi_is_given_up_with_all_that_it_started(check, no_torch_npu, program, monkeypatch, tmp_path):
-    program("npu-smi", f"(sleep 1; touch {tmp_path}/still_there) & sleep 60")
+def test_a_hanging_npu_smi_is_given_up(check, no_torch_npu, program, monkeypatch, tmp_path):
+    program("npu-smi", f"sleep 1; touch {tmp_path}/still_there")
     monkeypatch.setattr(env_check, "TOOL_TIMEOUT_S", 0.3)
     started = time.perf_counter()
     done = check()
-    assert time.perf_counter() - started < 30
+    assert time.perf_counter() - started < 10
     assert done.code == 0
     assert section(done.log, "NPU Info") == "npu-smi info: no answer within 0.3 s"
-    time.sleep(1.2)
-    assert not (tmp_path / "still_there").exists()
-
-
-def test_ctrl_c_stops_what_was_started(no_torch_npu, program, monkeypatch, tmp_path):
-    """The signal comes while npu-smi hangs, which is in a session of its own."""
-    program("npu-smi", f"(sleep 1.5; touch {tmp_path}/still_there) & sleep 0.5; kill -INT {os.getpid()}; sleep 60")
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            env_check.tool_output("npu-smi", "info")
-    finally:
-        signal.signal(signal.SIGINT, handler)
     time.sleep(1.2)
     assert not (tmp_path / "still_there").exists()
 
@@ -431,13 +413,10 @@ def test_the_kernel_is_told_without_the_host_name(check, no_torch_npu):
         ("2.12.0", "2.12.0", "9.1.2", "torch_npu 2.12.0 with CANN 9.1.2 is a recommended pair"),
         ("2.9.0", "2.9.0", "9.1.0", "torch_npu 2.9.0 with CANN 9.1.0 is allowed; the recommended pair is CANN 8.5"),
         ("2.12.0", "2.12.0", "8.5.0", "torch_npu 2.12.0 with CANN 8.5.0 is allowed; the recommended pair is CANN 9.1"),
-        ("2.13.0", None, None, None),
-        ("2.13.0", None, "9.1.0", None),
     ],
 )
-def test_what_the_official_matrix_allows_needs_no_advice(torch_version, torch_npu, cann, said):
-    assert stacks.versions_fit(torch_version, torch_npu, cann) == []
-    assert stacks.pairing(torch_npu, cann) == said
+def test_what_the_official_matrix_allows_fits(torch_version, torch_npu, cann, said):
+    assert stacks.pairing(torch_version, torch_npu, cann) == (True, said)
 
 
 def test_each_paired_torch_npu_is_allowed_with_each_cann_of_the_table():
@@ -446,7 +425,7 @@ def test_each_paired_torch_npu_is_allowed_with_each_cann_of_the_table():
     for version in versions:
         torch_version = ".".join(version.split(".")[:3])
         for stack in stacks.STACKS:
-            assert stacks.versions_fit(torch_version, version, f"{stack.cann}.0") == []
+            assert stacks.pairing(torch_version, version, f"{stack.cann}.0")[0]
 
 
 @pytest.mark.parametrize(
@@ -461,6 +440,13 @@ def test_each_paired_torch_npu_is_allowed_with_each_cann_of_the_table():
         ),
         ("2.9.1", "2.9.0", "8.5.0", "torch_npu 2.9.0 needs torch 2.9.0, and this is torch 2.9.1: ", "line"),
         ("2.1.0", "2.10.0.post4", "9.1.0", "torch_npu 2.10.0.post4 needs torch 2.10.0, and this is torch 2.1.0: ", "line"),
+        (
+            "2.12.0",
+            "2.13.0",
+            "9.1.0",
+            "torch_npu 2.13.0 needs torch 2.13.*, and this is torch 2.12.0: pip install 'torch==2.13.*' --",
+            "line",
+        ),
         ("2.9.0", "2.9.0", "8.0.RC1", "torch_npu 2.9.0 with CANN 8.0.RC1 is not in the official matrix; ", "pair is CANN 8.5"),
         (
             "2.13.1",
@@ -474,42 +460,46 @@ def test_each_paired_torch_npu_is_allowed_with_each_cann_of_the_table():
     ],
 )
 def test_versions_that_do_not_go_together_name_what_to_change(torch_version, torch_npu, cann, starts, ends):
-    [line] = stacks.versions_fit(torch_version, torch_npu, cann)
-    assert line.startswith(starts)
-    assert line.endswith(ends)
-
-
-def test_a_torch_of_another_minor_version_than_a_new_torch_npus_is_told():
-    lines = stacks.versions_fit("2.12.0", "2.13.0", "9.1.0")
-    assert lines[0].startswith("torch_npu 2.13.0 needs torch 2.13.*, and this is torch 2.12.0: pip install 'torch==2.13.*' --")
-    assert len(lines) == 2
+    fits, words = stacks.pairing(torch_version, torch_npu, cann)
+    assert not fits and words.startswith(starts) and words.endswith(ends)
 
 
 def test_requirements_that_are_not_met_name_the_command():
     ours = importlib.metadata.version("transformers")
     lines = ["# a comment", "", "torch>=2.9", "transformers>=99,<100", "not-there-at-all>=1"]
-    assert stacks.requirements_fit(lines) == [
-        f"transformers is {ours}: pip install 'transformers>=99,<100' (requirements.txt)",
-        "not-there-at-all is not installed: pip install 'not-there-at-all>=1' (requirements.txt)",
+    assert stacks.unmet(lines, "why") == [
+        f"transformers is {ours}: pip install 'transformers>=99,<100' (why)",
+        "not-there-at-all is not installed: pip install 'not-there-at-all>=1' (why)",
     ]
+
+
+def test_packages_that_canns_compiler_lacks_are_told(check, no_torch_npu, monkeypatch):
+    versions = {"numpy": "2.4.6", "decorator": "4.3", "psutil": None}
+    monkeypatch.setattr(stacks, "installed", lambda name: versions.get(name, "99"))
+    monkeypatch.setenv("ASCEND_TOOLKIT_HOME", "/none/cann-8.5.1")
+    told = [line for line in check().files["env_info.json"]["advice"] if "error code 500001" in line]
+    assert [line.split(" (")[0] for line in told if "protobuf" not in line] == [
+        "decorator is 4.3: pip install 'decorator>=4.4'",
+        "psutil is not installed: pip install psutil",
+        "numpy is 2.4.6: pip install 'numpy>=1.26,<2'",
+    ]
+    monkeypatch.setenv("ASCEND_TOOLKIT_HOME", "/none/cann-9.0.0")
+    assert not any(line.startswith("numpy") for line in check().files["env_info.json"]["advice"])
 
 
 def test_advice_is_in_the_log_and_in_the_json(check, npu, monkeypatch):
     monkeypatch.setattr(inference, "versions", lambda: {"torch_npu": "2.9.0", "transformers": "5.0", "numpy": "2.0"})
     monkeypatch.setattr(torch, "__version__", "2.8.0")
+    installed = stacks.installed
+    monkeypatch.setattr(stacks, "installed", lambda name: None if name == "decorator" else installed(name))
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
     monkeypatch.setenv("ASCEND_TOOLKIT_HOME", "/usr/local/Ascend/cann-9.1.0")
     monkeypatch.setattr(env_check, "ENVIRONMENT", {"INF_NAN_MODE_FORCE_DISABLE": "1"})
     done = check()
     info = done.files["env_info.json"]
-    for beginning in (
-        "CANN was set up as",
-        "torch_npu 2.9.0 needs torch 2.9.0",
-        "INF_NAN_MODE_FORCE_DISABLE=1:",
-        "CANN's compiler",
-    ):
+    for beginning in ("CANN was set up as", "INF_NAN_MODE_FORCE_DISABLE=1:", "decorator is not installed: "):
         assert [line for line in info["advice"] if line.startswith(beginning)]
-    assert info["pairing"] == "torch_npu 2.9.0 with CANN 9.1.0 is allowed; the recommended pair is CANN 8.5"
+    assert info["pairing"].startswith("torch_npu 2.9.0 needs torch 2.9.0, and this is torch 2.8.0")
     assert info["silent_variables"] == {"INF_NAN_MODE_FORCE_DISABLE": "1"}
     told = section(done.log, "What goes together")
     assert f"Versions: {info['pairing']}\nLook at\n" + "\n".join(f"- {line}" for line in info["advice"]) in told
@@ -527,10 +517,9 @@ def test_advice_is_in_the_log_and_in_the_json(check, npu, monkeypatch):
         "ASCEND_RT_VISIBLE_DEVICES",
     ],
 )
-def test_what_decides_silently_is_shown_with_its_meaning(name, monkeypatch):
+def test_what_decides_silently_is_shown_with_its_meaning(name):
     assert re.fullmatch(rf"{name}=2 \(.{{20,}}\)", env_check.shown_variables({name: "2"})[0])
-    monkeypatch.setattr(env_check, "ENVIRONMENT", {name: "2", "HOME": "/x"})
-    assert env_check.silent_variables() == {name: "2"}
+    assert env_check.meaning_of(name) and not env_check.meaning_of("HOME")
 
 
 @pytest.mark.parametrize(
@@ -613,21 +602,6 @@ def test_without_a_usable_cann_it_is_told_what_to_do_first():
     assert re.findall(r"for CANN ([\d.]+): pip install", unknown) == ["8.5", "9.0", "9.1"]
 
 
-def test_packages_that_canns_compiler_lacks_are_told(monkeypatch):
-    versions = {"numpy": "2.4.6", "decorator": "4.3", "protobuf": "3.20.3"}
-    monkeypatch.setattr(stacks, "installed", lambda name: None if name == "psutil" else versions.get(name, "1"))
-    told = "CANN's compiler may not start (error code 500001): "
-    assert stacks.cann_packages_fit("8.5.1") == [
-        f"{told}numpy is 2.4.6, decorator is 4.3, psutil is not installed: pip install 'numpy>=1.26,<2' 'decorator>=4.4' psutil"
-    ]
-    assert stacks.cann_packages_fit("9.0.0") == [
-        f"{told}decorator is 4.3, psutil is not installed: pip install 'decorator>=4.4' psutil"
-    ]
-    versions.update(numpy="1.26.4", decorator="5.0", psutil="1")
-    monkeypatch.setattr(stacks, "installed", lambda name: versions.get(name, "1"))
-    assert stacks.cann_packages_fit("8.5.1") == []
-
-
 def test_requirements_leave_alone_what_an_ascend_image_has():
     from packaging.requirements import Requirement
 
@@ -644,11 +618,11 @@ def test_requirements_leave_alone_what_an_ascend_image_has():
 
 
 def test_the_recorded_resolution_is_of_these_stacks_and_requirements():
-    recorded = json.loads(stacks.RESOLUTION.read_text())
+    recorded = json.loads(resolve_stacks.RESOLUTION.read_text())
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
-    assert recorded["requirements"] == lines, "run: python eval/stacks.py"
+    assert recorded["requirements"] == lines, "run: python tests/resolve_stacks.py"
     expected = json.loads(json.dumps([stack._asdict() | {"install": stacks.install_line(stack)} for stack in stacks.STACKS]))
-    assert recorded["stacks"] == expected, "run: python eval/stacks.py"
+    assert recorded["stacks"] == expected, "run: python tests/resolve_stacks.py"
     assert [(found["cann"], found["python"]) for found in recorded["resolved"]] == [
         (stack.cann, python) for stack in stacks.STACKS for python in stack.python
     ]
@@ -656,22 +630,13 @@ def test_the_recorded_resolution_is_of_these_stacks_and_requirements():
 
 def test_each_recorded_resolution_is_what_the_stack_says_and_pulls_no_cuda():
     by_cann = {stack.cann: stack for stack in stacks.STACKS}
-    for found in json.loads(stacks.RESOLUTION.read_text())["resolved"]:
+    for found in json.loads(resolve_stacks.RESOLUTION.read_text())["resolved"]:
         stack, versions = by_cann[found["cann"]], found["versions"]
         assert found["resolves"] is True
         assert (versions["torch"], versions["torch-npu"]) == (stack.torch, stack.torch_npu)
         assert (versions["numpy"] < "2") == stack.numpy.endswith("<2")
-        assert found["nvidia_packages"] == [name for name in versions if name.startswith(("nvidia", "triton"))] == []
+        assert [name for name in versions if name.startswith(("nvidia", "triton", "cuda"))] == []
         assert set(CANN_PACKAGES) <= set(versions)
-
-
-def test_rows_for_the_readme_have_the_columns_as_text():
-    rows = stacks.stack_rows()
-    assert [list(row) for row in rows] == [["cann", "torch", "torch_npu", "numpy", "python", "paired", "install"]] * len(
-        stacks.STACKS
-    )
-    assert rows[0]["python"] == "3.10, 3.11, 3.12"
-    assert rows[0]["install"] == stacks.install_line(stacks.STACKS[0])
 
 
 @pytest.mark.parametrize("resolves", [True, False])
@@ -682,19 +647,15 @@ def test_resolving_asks_pip_for_the_target_and_keeps_its_report(monkeypatch, res
         target = command[command.index("--python-version") + 1]
         assert (command[3], target) == ("3.10", "3.10")
         assert {"torch==2.9.0", "torch_npu==2.9.0", "numpy>=1.26,<2", "manylinux_2_28_aarch64"} <= set(command)
-        names = [{"metadata": {"name": name, "version": "1"}} for name in ("Torch_NPU", "nvidia-cublas", "triton")]
+        names = [{"metadata": {"name": name, "version": "1"}} for name in ("Torch_NPU", "triton")]
         if resolves:
             Path(command[command.index("--report") + 1]).write_text(json.dumps({"install": names}))
         return SimpleNamespace(returncode=1 - resolves, stderr="noise\nERROR: first\nERROR: no such version\n")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    outcome = stacks.resolve(stacks.STACKS[0], "3.10")
-    common = {"cann": "8.5", "python": "3.10", "architecture": "aarch64", "resolves": resolves}
-    if resolves:
-        names = {"nvidia-cublas": "1", "torch-npu": "1", "triton": "1"}
-        assert outcome == common | {"nvidia_packages": ["nvidia-cublas", "triton"], "versions": names}
-    else:
-        assert outcome == common | {"error": "ERROR: no such version"}
+    outcome = resolve_stacks.resolve(stacks.STACKS[0], "3.10")
+    more = {"versions": {"torch-npu": "1", "triton": "1"}} if resolves else {"error": "ERROR: no such version"}
+    assert outcome == {"cann": "8.5", "python": "3.10", "resolves": resolves} | more
 
 
 # --- where CANN is ---
@@ -765,9 +726,9 @@ def test_canns_folder_may_be_a_link_to_a_version(tmp_path):
 MODEL = inference.HUB_ID
 NOT_RECORDED = "| not recorded | not recorded |"
 TABLE = (
-    "Prose with `model.safetensors`.\r\n\r\n| a | `model.safetensors` | x |\r\n\r\n"
-    f"{env_check.LOCK_HEADING}\r\n|---|---|---|---|\r\n| `{MODEL}` | `model.safetensors` {NOT_RECORDED}\r\n"
-    f"| `facebook/other` | `model.safetensors` {NOT_RECORDED}\r\n\r\nThe end.\u2028"
+    "Prose with `model.safetensors`.\n\n| a | `model.safetensors` | x |\n\n"
+    f"{env_check.LOCK_HEADING}\n|---|---|---|---|\n| `{MODEL}` | `model.safetensors` {NOT_RECORDED}\n"
+    f"| `facebook/other` | `model.safetensors` {NOT_RECORDED}\n\nThe end.\u2028"
 )
 
 
@@ -779,7 +740,7 @@ def test_locking_changes_the_rows_of_its_files_and_nothing_else():
 
 def test_a_file_that_is_not_in_the_table_is_added_at_its_end():
     updated = env_check.update_locks(TABLE, MODEL, {"new.safetensors": (7, DIGEST)})
-    assert updated == TABLE.replace("\r\n\r\nThe end", f"\r\n| `{MODEL}` | `new.safetensors` | 7 | `{DIGEST}` |\r\n\r\nThe end")
+    assert updated == TABLE.replace("\n\nThe end", f"\n| `{MODEL}` | `new.safetensors` | 7 | `{DIGEST}` |\n\nThe end")
     bare = f"{env_check.LOCK_HEADING}\n|---|---|---|---|"
     assert env_check.update_locks(bare, MODEL, {"a": (1, DIGEST)}) == f"{bare}\n| `{MODEL}` | `a` | 1 | `{DIGEST}` |"
 
@@ -797,11 +758,6 @@ def test_a_recorded_hash_is_not_replaced_and_another_models_does_not_matter():
         env_check.update_locks(locked, MODEL, {"model.safetensors": (5, OTHER)})
     both = env_check.update_locks(locked, "facebook/other", {"model.safetensors": (5, OTHER)})
     assert (both.count(DIGEST), both.count(OTHER)) == (1, 1)
-
-
-def test_a_table_that_is_gone_is_told():
-    with pytest.raises(inference.UsageError, match="has no table"):
-        env_check.update_locks("nothing", MODEL, {"a": (1, DIGEST)})
 
 
 def test_the_table_of_the_bundle_locks_only_what_is_recorded():

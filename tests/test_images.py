@@ -18,6 +18,7 @@ import torch
 from inference import BadImage, Preprocess, Unreadable, UsageError, crop_uint8, decode, normalize, read_bytes, read_preprocess
 from PIL import Image, ImageOps
 
+import embed
 from conftest import SAMPLES, TINY_PREPROCESS
 
 PHOTOS = sorted(path for path in SAMPLES.iterdir() if path.suffix in (".jpg", ".png"))
@@ -460,40 +461,42 @@ def test_the_way_to_a_square_is_followed_and_recorded(run, tiny_folder, tmp_path
 # --- which images ---
 
 
-@pytest.fixture
-def tree(tmp_path) -> Path:
-    photo = (SAMPLES / "chelsea.jpg").read_bytes()
-    for name in ("b.JPG", "a.jpeg", "sub/c.Webp", "sub/deep/d.tif", "z.png", "e.gif", "f.BMP"):
-        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "photos" / name).write_bytes(photo)
-    (tmp_path / "photos" / "notes.md").write_text("not an image")
-    return tmp_path / "photos"
+@pytest.fixture(params=["inference.py", "embed.py"])
+def listed(request, tree):
+    """Names below `tree` of what each of the two scripts lists."""
+
+    def names(*given: Path) -> list[str]:
+        arguments = list(map(str, given))
+        if request.param == "embed.py":
+            found = [key.name for key in embed.list_images(arguments)]
+        else:
+            found = inference.find_images(arguments)
+        return [os.path.relpath(path, tree) for path in found]
+
+    return names
 
 
-def names(arguments: list[str], folder: Path) -> list[str]:
-    return [os.path.relpath(path, folder) for path in inference.find_images(arguments)]
+def test_a_folder_is_read_recursively_in_a_fixed_order(listed, tree):
+    assert listed(tree) == ["a.jpeg", "b.JPG", "e.gif", "f.BMP", "z.png", "sub/c.Webp", "sub/deep/d.tif"]
 
 
-def test_a_folder_is_read_recursively_in_a_fixed_order(tree):
-    expected = ["a.jpeg", "b.JPG", "e.gif", "f.BMP", "z.png", "sub/c.Webp", "sub/deep/d.tif"]
-    assert names([str(tree)], tree) == expected
-
-
-def test_links_to_folders_are_followed_but_not_in_circles(tree):
+def test_links_to_folders_are_followed_but_not_in_circles(listed, tree):
     (tree / "again").symlink_to(tree)
     (tree / "sub" / "link").symlink_to(tree / "sub" / "deep")
-    assert len(names([str(tree)], tree)) == 7
+    assert len(listed(tree)) == 7
 
 
-def test_globs_files_and_repeats_keep_the_order_they_were_given_in(tree):
+def test_globs_files_and_repeats_keep_the_order_they_were_given_in(listed, tree):
     (tree / "a[1].png").write_bytes(b"")
-    given = [str(tree / "z.png"), str(tree / "?.*"), str(tree / "z.png"), str(tree / "a[1].png")]
-    assert names(given, tree) == ["z.png", "a.jpeg", "b.JPG", "e.gif", "f.BMP", "z.png", "z.png", "a[1].png"]
+    found = listed(tree / "z.png", tree / "?.*", tree / "z.png", tree / "a[1].png")
+    assert found == ["z.png", "a.jpeg", "b.JPG", "e.gif", "f.BMP", "z.png", "z.png", "a[1].png"]
 
 
-def test_nothing_found_is_an_error(tmp_path):
-    (tmp_path / "notes.md").touch()
+def test_nothing_found_is_an_error(listed, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.md").touch()
     with pytest.raises(UsageError, match="no images in it"):
-        inference.find_images([str(tmp_path)])
-    with pytest.raises(UsageError, match="no such file or folder"):
-        inference.find_images([str(tmp_path / "*.jpg")])
+        listed(tmp_path / "empty")
+    for pattern in ("empty/*.jpg", "gone"):
+        with pytest.raises(UsageError, match="no such file or folder"):
+            listed(tmp_path / pattern)

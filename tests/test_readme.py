@@ -149,9 +149,11 @@ def test_the_directory_tree_names_what_there_is(name):
 # What is so by nature: sizes of the model, names of versions and files, counts that a command gives.
 CONSTANTS = {
     **{"1%": "the bar of the card", "1": "track, exit code", "2": "exit code", "3": "exit code", "70": "exit code"},
-    **{"0": "exit code", "130": "exit code", "8.5": "CANN's new path", "2.11": "a torch", "224": "the input"},
+    **{"0": "exit code", "130": "exit code", "224": "the input", "50": "P50", "64": "float64"},
     **{"1.7%": "interpolation, a constant of two formulas", "448": "its size", "2.0": "a licence", "4.0": "a licence"},
     **{"2025": "the paper's year", "2504.01017": "the paper", "16": "ViT-L/16"},
+    # gigabytes of a million images in float32: two tokens each, or with one for each of the patches
+    **{f"{4e-3 * inference.CARDS[0].width * 2:.1f}": "features", f"{4e-3 * inference.CARDS[0].width * (2 + 14**2):.0f}": "all"},
 }
 
 
