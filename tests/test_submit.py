@@ -96,7 +96,6 @@ def simulated(tmp_path_factory, tiny_folder) -> SimpleNamespace:
         patch.setattr(eval_performance, "MAX_WARMUP_S", 0.1)
         patch.setattr(eval_performance, "measure_power", lambda *_, **__: None)
         patch.setattr(eval_performance, "measure_deterministic_cost", lambda *_, **__: None, raising=False)
-        patch.setattr(end_to_end, "measure_preprocessing", lambda *_: {"ratio_to_library": 1.0})
         patch.setattr(end_to_end, "measure_cold_start", lambda *_, **__: cold)
         code = submit.main(["--device", "npu", "--model_path", "weights/tiny", "--publish"])
     simulator.reset()
