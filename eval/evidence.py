@@ -126,7 +126,7 @@ NOTES = {
     "The limit": "The rate of the model's matrix products alone, by torch; an engine with faster products may lie above it.",
     "What one would use instead": "Both took turns in one process. The ratio is the median over turns; the two rates beside it "
     "are medians by themselves, and their quotient may differ.",
-    "A cold start": "From the process's start to the first feature. The bare minimum: import, read the file, one forward pass.",
+    "A cold start": "From the process's start to the first feature; medians, the photo and the checkpoint in the file cache.",
 }
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from evidence import Evidence
 
-DRAWING = 4  # raise it when a picture is drawn in another way: then all are drawn anew
+DRAWING = 5  # raise it when a picture is drawn in another way: then all are drawn anew
 DIGEST_KEY = "Source-SHA256"
 FLOOR = 1e-9  # a log scale has no place for an error of 0
 BAR = BAD = "#C00000"
@@ -231,11 +231,14 @@ def draw_submission(evidence: Evidence) -> Image.Image:
     wanted = {path: name for name in CHECKS for path in (f"results/{name}.json", f"logs/{name}.log")}
     words = []
     for path in sorted({*listed, *wanted}):
-        colour = OTHER if path.startswith(("results/", "logs/", "assets/")) else QUIET
-        blocked = path in wanted and evidence.blocked(wanted[path])
-        words.append((path, BAD if path not in listed else WAITING if blocked else colour))
+        if path not in listed:
+            words.append((f"{path}  ✗", BAD))
+        elif path in wanted and evidence.blocked(wanted[path]):
+            words.append((f"{path}  BLOCKED", WAITING))
+        else:
+            words.append((path, OTHER if path.startswith(("results/", "logs/", "assets/")) else QUIET))
     rows = -(-len(words) // 3)
-    titles = ((f"{len(listed)} files", QUIET), ("BLOCKED", WAITING), ("✗", BAD))
+    titles = ((f"{len(listed)} files", QUIET), ("", QUIET), ("", QUIET))
     return draw_words([[title, *words[rows * place : rows * (place + 1)]] for place, title in enumerate(titles)])
 
 
