@@ -110,12 +110,12 @@ def performance_result(**changes: Any) -> dict[str, Any]:
     found = {
         "num_runs": 3,
         "results": [performance_row(1, 2.125), performance_row(4, 4.25, unsteady=True)],
-        "limit": {"limit_img_s": 6.8, "matmul_tflops": 0.835, "copy_gb_s": 22.3},
+        "limit": {"limit_img_s": 6.8, "matmul_tflops": 0.835},
         "peers": [
             peer | {"speed_ratio": 1.0625, "rounds": 3},
             {"peer": "openvino", "unavailable": "No module named 'openvino'"},
         ],
-        "end_to_end": {"cold_start": {"import_s": 1.5, "ratio_to_bare": 0.77}, "folder": {"rows": [folder]}},
+        "end_to_end": {"cold_start": {"import_s": 1.5, "load_s": 0.5}, "folder": {"rows": [folder]}},
         "execution": "eager",
     }
     return provenance(**found | changes)
