@@ -658,17 +658,19 @@ def _in_dtype(path: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -
 
 
 def _read_safetensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors of one file in `dtype`; float32 stays mapped to the file, so that it is ready at once."""
+    """Tensors of one file in `dtype`. float32 stays mapped to the file: no copy, and it is ready at once."""
     from safetensors import SafetensorError, safe_open
 
     def read(name: str) -> torch.Tensor:
-        # Opened anew for each tensor, so that the pages of the file do not stay in memory beside a converted copy.
         with safe_open(path, "pt") as file:
             return _in_dtype(path, name, file.get_tensor(name), dtype)
 
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
+            if dtype == torch.float32:
+                return {name: _in_dtype(path, name, file.get_tensor(name), dtype) for name in names}
+        # Opened anew for each tensor, so that the pages of the file do not stay in memory beside a converted copy.
         return {name: read(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path}: {_damage(path)} ({first_line(error)}); fetch the file again") from error
