@@ -634,12 +634,13 @@ def wanted_images(args: Namespace, images: ImageList, folder: Path, before: int)
             yield from zip(*(read_part(path, *names) or ()))
 
     mine = _digests(key.name for key in images)
-    is_held = np.isin(mine, _digests(name for (name,) in recorded("path")))
+    rows = recorded("path", "size", "mtime")
+    held = _digests(text for row in rows for text in (row[0], "{}\0{}\0{}".format(*row))).reshape(-1, 2)
+    is_held = np.isin(mine, held[:, 0])
     is_failed = np.isin(mine, _digests(name for (name,) in recorded("failed_path"))) & ~is_held
     there = np.flatnonzero(is_held)
-    then = _digests("{}\0{}\0{}".format(*row) for row in recorded("path", "size", "mtime"))
     now = _digests("{}\0{}\0{}".format(images[place].name, *size_and_mtime(images[place])) for place in there)
-    changed = [images[place].name for place in there[~np.isin(now, then)]]
+    changed = [images[place].name for place in there[~np.isin(now, held[:, 1])]]
     if changed:
         log.warning(f"{len(changed):,} files have changed since their rows were made, which stay: {', '.join(changed[:5])}")
     wanted = args.add & ~is_held & ~is_failed | args.retry_failed & is_failed
