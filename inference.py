@@ -2058,27 +2058,11 @@ def load_from_args(args: argparse.Namespace, device: Device) -> LoadedModel:
     return model
 
 
-def run_script(script: str, args: argparse.Namespace, body: Callable[[argparse.Namespace, Device], int]) -> int:
-    """Open the device, run body(args, device), and turn whatever ends it into an exit code, one line, and what must be kept.
-
-    A body calls load_from_args, which decides where the log goes; what ends before that is logged to logs/trial/.
-    """
-    args.script = script
-    stopping.last_words = "stopped; nothing was saved"
-    previous = stopping.listen()
+def answered(body: Callable[[], int], settle_log: Callable[[], None]) -> int:
+    """The exit code of body(), or of what ends it, said in one line. settle_log opens the log's file before a traceback."""
     try:
         start_log()
-        apply_tuning(args)
-        device = _open_as_asked(args)
-        stopping.graceful = True
-        return body(args, device)
-    except Blocked as error:
-        try:
-            write_blocked(args, error)
-        except UsageError as unwritten:
-            log.error(f"error: {unwritten}")
-        log.error(f"BLOCKED: {error}")
-        return 3
+        return body()
     except (UsageError, ModuleNotFoundError) as error:
         remedy = "" if isinstance(error, UsageError) else ". Run: pip install -r requirements.txt"
         log.error(f"error: {error}{remedy}")
@@ -2087,12 +2071,43 @@ def run_script(script: str, args: argparse.Namespace, body: Callable[[argparse.N
         log.error(str(error) or stopping.last_words)
         return 130
     except Exception as error:
-        _settle_anyhow(args)
+        settle_log()
         told = f"{type(error).__name__}: {first_line(error)}"
         log.error(f"error: {told} (unforeseen; the traceback is in the log)", exc_info=True)
         return 70
+
+
+def run_script(script: str, args: argparse.Namespace, body: Callable[[argparse.Namespace, Device], int]) -> int:
+    """Open the device, run body(args, device), and turn whatever ends it into an exit code, one line, and what must be kept.
+
+    A body calls load_from_args, which decides where the log goes; what ends before that is logged to logs/trial/.
+    """
+    args.script = script
+    stopping.last_words = "stopped; nothing was saved"
+    previous = stopping.listen()
+
+    def run() -> int:
+        try:
+            apply_tuning(args)
+            device = _open_as_asked(args)
+            stopping.graceful = True
+            return body(args, device)
+        except Blocked as error:
+            try:
+                write_blocked(args, error)
+            except UsageError as unwritten:
+                log.error(f"error: {unwritten}")
+            log.error(f"BLOCKED: {error}")
+            return 3
+
+    def settle_log() -> None:
+        with suppress(UsageError):
+            settle(args, args.device.partition(":")[0], trial=True)
+
+    try:
+        return answered(run, settle_log)
     finally:
-        _settle_anyhow(args)
+        settle_log()
         stop_log()
         stopping.graceful = False
         for number, handler in previous.items():
@@ -2108,11 +2123,6 @@ def _open_as_asked(args: argparse.Namespace) -> Device:
         strict = "true float32 (no HF32, no TF32, erf GELU)"
         log.info(f"float32 arithmetic: {'rounded where the device can (HF32, TF32)' if args.allow_hf32 else strict}")
     return device
-
-
-def _settle_anyhow(args: argparse.Namespace) -> None:
-    with suppress(UsageError):
-        settle(args, args.device.partition(":")[0], trial=True)
 
 
 def add_feature_arguments(parser: argparse.ArgumentParser, images: str, output: str) -> None:

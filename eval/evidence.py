@@ -26,7 +26,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import inference
-from inference import Column, UsageError, log
+from inference import Column, UsageError
 
 import end_to_end
 import eval_accuracy
@@ -227,20 +227,9 @@ def check(root: Path) -> int:
 
 def guarded(script: str, body: Callable[[], int]) -> int:
     """body(), or whatever ends it as one line and an exit code."""
-    inference.start_log()
+    path = inference.ROOT / "logs" / "trial" / f"{script}.log"
     try:
-        return body()
-    except KeyboardInterrupt:
-        log.error(inference.stopping.last_words)
-        return 130
-    except UsageError as error:
-        log.error(f"error: {error}")
-        return 2
-    except Exception as error:  # noqa: BLE001
-        inference.open_log(inference.ROOT / "logs" / "trial" / f"{script}.log")
-        told = f"{type(error).__name__}: {inference.first_line(error)}"
-        log.error(f"error: {told} (unforeseen; the traceback is in the log)", exc_info=True)
-        return 70
+        return inference.answered(body, partial(inference.open_log, path))
     finally:
         inference.stop_log()
 
