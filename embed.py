@@ -21,7 +21,6 @@ used; 70 an error nobody foresaw (its traceback is in the log); 130 stopped.
 from __future__ import annotations
 
 import fcntl
-import glob
 import hashlib
 import itertools
 import json
@@ -41,7 +40,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import inference
@@ -116,28 +116,10 @@ def list_images(arguments: Sequence[str]) -> ImageList:
     `ignored`. Raises UsageError where an argument names nothing or cannot be read, or where no image is found.
     """
     images = ImageList()
-    for argument in arguments:
-        try:
-            matches = [argument] if os.path.exists(argument) else _glob(argument)
-            for match in matches:
-                _list_given(images, match)
-        except OSError as error:
-            raise UsageError(f"--image_path {argument}: cannot be read ({error})") from error
-        if not matches:
-            raise UsageError(f"--image_path {argument}: no such file or folder")
+    inference.for_each_named(arguments, partial(_list_given, images))
     if not len(images):
         raise UsageError(f"--image_path {' '.join(arguments)}: no images in it ({images.ignored:,} other files ignored)")
     return images
-
-
-def _glob(pattern: str) -> list[str]:
-    """What a pattern names; with ** by a walk, where glob.glob would list a file for each way through a circle of links."""
-    base, deep, rest = pattern.partition("**")
-    roots = sorted(glob.glob(base)) if base else ["."]
-    if not deep or not rest.strip("/*"):
-        return roots
-    found = {os.path.normpath(path) for root in roots for path in inference.walk_files(root)}
-    return sorted(path for path in found if PurePath(path).match(rest.strip("/")))
 
 
 def _list_given(images: ImageList, path: str) -> None:

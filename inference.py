@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 
 STARTED = time.perf_counter()  # what a user waits for begins here
 ROOT = Path(__file__).resolve().parent
@@ -361,17 +361,6 @@ def time_once(device: Device, run: Callable[[], Any]) -> float:
     run()
     synchronize(device)
     return time.perf_counter() - started
-
-
-def peak_memory_mb(device: Device) -> float:
-    """Peak memory in MiB: allocated on an accelerator since it was last reset, resident for this process on the CPU."""
-    if device.kind != "cpu":
-        return torch.get_device_module(device.torch_device).max_memory_allocated(device.torch_device) / 2**20
-    import resource
-
-    with suppress(OSError, TypeError):  # getrusage would give the peak of the process that started this one, if larger
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -1007,20 +996,42 @@ def is_image_name(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
+def _matches(pattern: str) -> list[str]:
+    """What a pattern names; with ** by a walk, where glob.glob would list a file for each way through a circle of links."""
+    base, deep, rest = pattern.partition("**")
+    roots = sorted(glob.glob(base)) if base else ["."]
+    if not deep or not rest.strip("/*"):
+        return roots
+    found = {os.path.normpath(path) for root in roots for path in walk_files(root)}
+    return sorted(path for path in found if PurePath(path).match(rest.strip("/")))
+
+
+def for_each_named(arguments: Sequence[str], take: Callable[[str], None]) -> None:
+    """Call take(path) for all that paths and glob patterns name, in a fixed order.
+
+    Raises UsageError where an argument names nothing, or where it cannot be read.
+    """
+    for argument in arguments:
+        try:
+            matches = [argument] if os.path.exists(argument) else _matches(argument)
+            for match in matches:
+                take(match)
+        except OSError as error:
+            raise UsageError(f"--image_path {argument}: cannot be read ({error})") from error
+        if not matches:
+            raise UsageError(f"--image_path {argument}: no such file or folder")
+
+
 def find_images(arguments: Sequence[str]) -> list[str]:
     """Paths of the images that files, globs and folders name, in a fixed order. Raises UsageError where one names nothing."""
     paths: list[str] = []
-    for argument in arguments:
-        matches = [argument] if os.path.exists(argument) else sorted(glob.glob(argument))
-        if not matches:
-            raise UsageError(f"--image_path {argument}: no such file or folder")
-        for match in matches:
-            if os.path.splitext(match)[1].lower() in (".txt", ".tar"):
-                raise UsageError(f"--image_path {match}: lists and tars are for embed.py, which takes --output FOLDER/")
-            try:
-                paths += filter(is_image_name, walk_files(match)) if os.path.isdir(match) else [match]
-            except OSError as error:
-                raise UsageError(f"--image_path {match}: cannot be read ({error.strerror})") from error
+
+    def take(path: str) -> None:
+        if path.lower().endswith((".txt", ".tar")):
+            raise UsageError(f"--image_path {path}: lists and tars are for embed.py, which takes --output FOLDER/")
+        paths.extend(filter(is_image_name, walk_files(path)) if os.path.isdir(path) else [path])
+
+    for_each_named(arguments, take)
     if not paths:
         raise UsageError(f"--image_path {' '.join(arguments)}: no images in it")
     return paths
@@ -1570,43 +1581,6 @@ def describe_few(
         "batch_size": batch,
         "inference_times_s": times,
     }
-
-
-class Column(NamedTuple):
-    """A column of a table: its heading in two languages, where its value is in a row (a.b for a nested one), the format."""
-
-    en: str
-    zh: str
-    key: str
-    form: str = ""
-    scale: float = 1.0
-
-    def cell(self, row: dict[str, Any], none: str = "-") -> str:
-        """The value in a row as text, `none` where it is null or not there."""
-        value: Any = row
-        for key in self.key.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is None:
-            return none
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return format(value * self.scale if self.scale != 1 else value, self.form) if number else str(value)
-
-
-COLUMNS = (
-    Column("Last hidden state", "最后隐藏层", "last_hidden_shape"),
-    Column("Batch", "批大小", "batch_size"),
-    Column("Mean token norm", "词元平均范数", "hidden_mean_norm", ".4f"),
-    Column("Time of a batch (ms)", "每批耗时（ms）", "inference_time_s", ".2f", 1e3),
-    Column("Images/s", "图片/秒", "throughput_img_s", ".2f"),
-)
-
-
-def log_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> None:
-    """Log rows as a table in the columns' formats."""
-    cells = [[column.en for column in columns], *([column.cell(row) for column in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        log.info("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
 
 
 def log_few(model: LoadedModel, result: dict[str, Any]) -> None:

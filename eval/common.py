@@ -1,4 +1,4 @@
-"""What the evaluations share: sample photos, child processes, and that what was measured is kept whatever ends a run."""
+"""What the evaluations share: tables, sample photos, child processes, and keeping what was measured whatever ends a run."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import argparse
 import json
 import math
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import inference  # first of all: it sets what must precede torch
-from inference import UsageError, torch
+from inference import Device, UsageError, log, torch
 
 from measures import finite_or_null
 
@@ -33,6 +34,46 @@ given, answers = json.loads(sys.argv[1]), open(int(sys.argv[2]), "w", buffering=
 def tell(answer):
     print(json.dumps(answer, allow_nan=False), file=answers)
 """
+
+
+class Column(NamedTuple):
+    """A column of a table: its heading in two languages, where its value is in a row (a.b for a nested one), the format."""
+
+    en: str
+    zh: str
+    key: str
+    form: str = ""
+    scale: float = 1
+
+    def cell(self, row: dict[str, Any], none: str = "-") -> str:
+        """The value in a row as text, `none` where it is null or not there."""
+        value: Any = row
+        for key in self.key.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None:
+            return none
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return format(value * self.scale, self.form) if isinstance(value, (int, float)) else str(value)
+
+
+def log_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> None:
+    """Log rows as a table in the columns' formats; nothing where there are none."""
+    cells = [[column.en for column in columns], *([column.cell(row) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells if rows else ():
+        log.info("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
+
+
+def peak_memory_mb(device: Device) -> float:
+    """Peak memory in MiB: allocated on an accelerator since it was last reset, resident for this process on the CPU."""
+    if device.kind != "cpu":
+        return torch.get_device_module(device.torch_device).max_memory_allocated(device.torch_device) / 2**20
+    import resource
+
+    with suppress(OSError, TypeError):  # getrusage would give the peak of the process that started this one, if larger
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def sample_crops(preprocess: inference.Preprocess) -> torch.Tensor:

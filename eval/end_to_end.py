@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import inference
 import numpy as np
-from inference import Column, LoadedModel, UsageError, log, time_once, torch
+from inference import LoadedModel, UsageError, log, time_once, torch
 from PIL import Image, ImageOps
 
 import embed
-from common import SAMPLES, ChildError, ask_child
+from common import SAMPLES, ChildError, Column, ask_child, log_table
 
 FIXED_SHARE = 0.05  # of a turn over a folder, at most, where the turn is long enough
 
@@ -83,7 +83,9 @@ model = inference.load_model(device, given["folder"], given["dtype"], allow_unlo
 loaded = time.time()
 crop = inference.read_crop(given["photo"], model.preprocess)
 inference.Encoder(model, ["class_token"], 1).submit(inference.torch.from_numpy(crop)[None])()
-tell([imported, loaded, time.time(), inference.peak_memory_mb(inference.open_device("cpu"))])
+done = time.time()
+from common import peak_memory_mb
+tell([imported, loaded, done, peak_memory_mb(inference.open_device("cpu"))])
 """
 
 
@@ -227,9 +229,9 @@ def log_end_to_end(result: dict[str, Any]) -> None:
     """Log cold start and folder."""
     folder = result["end_to_end"]["folder"]
     log.info("=== End to end ===")
-    inference.log_table(COLD_COLUMNS, cold_rows(result))
+    log_table(COLD_COLUMNS, cold_rows(result))
     log.info(f"Folder of {folder['images']} photos, {folder['megapixels_mean']:.1f} megapixels each")
-    inference.log_table(FOLDER_COLUMNS, folder["rows"])
+    log_table(FOLDER_COLUMNS, folder["rows"])
     if (percent := folder["rows"][0]["fixed_percent"]) > 100 * FIXED_SHARE:
         log.warning(f"Fixed costs are {percent:.0f}% of this bundle's turns, and nothing is subtracted; longer: --turn_seconds")
-    inference.log_table(SCALE_COLUMNS, scale_rows(result))
+    log_table(SCALE_COLUMNS, scale_rows(result))

@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import inference  # first of all: it sets what must precede torch
 import numpy as np
-from inference import Column, Device, LoadedModel, UsageError, log, torch
+from inference import Device, LoadedModel, UsageError, log, torch
 from PIL import Image
 
 import stages
 import worth
-from common import SAMPLES, keeping, positive_float
+from common import SAMPLES, Column, keeping, log_table, positive_float
 from measures import FAITHFUL, FORMULAS, LABELS, OUTPUTS, begins, dual_thousandth, judge, passes, yardstick
 from stages import GOLDEN, PLAIN, Arithmetic, outputs_of
 
@@ -97,7 +97,7 @@ def evaluate(args: argparse.Namespace, device: Device) -> int:
         compare_device(run, model, result, keep)
         run.task = worth.prepare_task(args, photos, run.reference, run.seconds)
         keep(worth=worth.measure_worth(run.task, model, asked(args)))
-        log_rows(worth.WORTH_COLUMNS, worth.worth_rows(result))
+        log_table(worth.WORTH_COLUMNS, worth.worth_rows(result))
         if args.sweep:
             sweep(run, result, keep)
         if args.recipe:
@@ -158,17 +158,17 @@ def compare_device(run: Run, model: LoadedModel, result: dict[str, Any], keep: C
     judged = run.judge(found)
     log_published(judged, run)
     keep(**judged)
-    log_rows(OUTPUT_COLUMNS, output_rows(result))
+    log_table(OUTPUT_COLUMNS, output_rows(result))
     rows = stages.measure_stages(run.traced, model, arithmetic)
     keep(stages=rows, begins_at=begins(rows), starts_at=(begins(rows) or [None])[0])
-    log_rows(stages.STAGE_COLUMNS, stages.stage_rows(result))
+    log_table(stages.STAGE_COLUMNS, stages.stage_rows(result))
     log.info(f"The error starts at: {', '.join(result['begins_at']) or 'no stage; every block is as exact as plain float32'}")
     keep(invariance=stages.check_invariance(model, arithmetic, run.crops[: args.batch_size]))
     same, alone = result["invariance"], number(result["invariance"]["batch_invariance_relative_l2_error"], ".1e")
     repeats = "yes" if same["repeatable_bit_for_bit"] else "no"
     log.info(f"Alone against in a batch of {same['batch_size']}: {alone}; the same bits twice: {repeats}")
     keep(yardsticks=measure_yardsticks(run, found, model))
-    log_rows(YARDSTICK_COLUMNS, yardstick_rows(result))
+    log_table(YARDSTICK_COLUMNS, yardstick_rows(result))
 
 
 def measure_yardsticks(run: Run, found: dict[str, np.ndarray], model: LoadedModel) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def sweep(run: Run, result: dict[str, Any], keep: Callable[..., None]) -> None:
             row |= {"overall": "not available", "reason": inference.first_line(error)}
         rows.append(row)
         keep(sweep=rows, recommended=recommend(rows))
-    log_rows(SWEEP_COLUMNS, sweep_rows(result))
+    log_table(SWEEP_COLUMNS, sweep_rows(result))
     log.info(f"Fastest within the bar: {result['recommended'] or 'none'}")
 
 
@@ -342,9 +342,8 @@ def sweep_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def yardstick_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    found, words = result.get("yardsticks") or {}, {True: "yes", False: "no"}
-    rows = [{"label": LABELS[name]} | found[name] for name in OUTPUTS if name in found]
-    return [{key: words[value] if isinstance(value, bool) else value for key, value in row.items()} for row in rows]
+    found = result.get("yardsticks") or {}
+    return [{"label": LABELS[name]} | found[name] for name in OUTPUTS if name in found]
 
 
 def recipe_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -352,11 +351,6 @@ def recipe_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 # --- the log ---
-
-
-def log_rows(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> None:
-    if rows:
-        inference.log_table(columns, rows)
 
 
 def log_published(judged: dict[str, Any], run: Run) -> None:
@@ -377,7 +371,7 @@ def log_published(judged: dict[str, Any], run: Run) -> None:
 
 
 def log_recipe(recipe: dict[str, Any]) -> None:
-    log_rows(RECIPE_COLUMNS, recipe["tried"])
+    log_table(RECIPE_COLUMNS, recipe["tried"])
     told, best = "no number of first or last layers", recipe["best"]
     if best:
         told = f"the first {best['first']} and the last {best['last']} of {recipe['layers']} layers, embeddings and final norm"

@@ -35,10 +35,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import inference
 import numpy as np
-from inference import Column, Encoder, LoadedModel, UsageError, log, time_once, torch
+from inference import Encoder, LoadedModel, UsageError, log, time_once, torch
 
 import npu_watch
-from common import FEATURES, ChildError, ask_child, keeping, positive_float, sample_crops
+from common import (
+    FEATURES,
+    ChildError,
+    Column,
+    ask_child,
+    keeping,
+    log_table,
+    peak_memory_mb,
+    positive_float,
+    sample_crops,
+)
 from end_to_end import FIXED_SHARE, log_end_to_end, measure_end_to_end
 from stages import Arithmetic
 
@@ -211,7 +221,7 @@ def measure_row(encoder: Encoder, crops: torch.Tensor, batch_size: int, args: ar
     if queues:
         seconds = time_once(device, lambda: [encoder.run(next(batches)) for _ in range(args.num_runs)])
         row["pipelined_throughput_img_s"] = args.num_runs * batch_size / seconds
-    return row | {MEMORY_KEYS[device.kind]: inference.peak_memory_mb(device)}
+    return row | {MEMORY_KEYS[device.kind]: peak_memory_mb(device)}
 
 
 def take_turns(
@@ -456,13 +466,13 @@ def measure(encoder: Encoder, args: argparse.Namespace, result: dict[str, Any], 
         keep(power=measure_power(encoder, crops, best["batch_size"]))
         keep(deterministic_cost=measure_deterministic_cost(args, device, best))
     log.info(f"=== Performance Summary ==={' (random weights)' if result['weights']['source'] == 'random' else ''}")
-    inference.log_table(ROW_COLUMNS, rows(result))
-    inference.log_table(LIMIT_COLUMNS, limit_rows(result))
+    log_table(ROW_COLUMNS, rows(result))
+    log_table(LIMIT_COLUMNS, limit_rows(result))
     result["peers"] = []
     for row in measure_peers(encoder, crops, args, sizes):
         result["peers"].append(row)
         keep()
-    inference.log_table(PEER_COLUMNS, peer_rows(result))
+    log_table(PEER_COLUMNS, peer_rows(result))
     if args.end_to_end:
         encoder.release()
         measure_end_to_end(encoder.model, args, keep)

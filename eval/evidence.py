@@ -26,7 +26,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import inference
-from inference import Column, UsageError
+from inference import UsageError
 
 import end_to_end
 import eval_accuracy
@@ -36,6 +36,7 @@ import stages
 import tables
 import tune
 import worth
+from common import Column
 from tables import CHECKS, KINDS, PUBLISHED, Part
 
 RUN = "python eval/evidence.py"
@@ -96,8 +97,15 @@ def refuse(data: dict[str, Any], kind: str | None) -> str | None:
 
 # --- results/README.md ---
 
+INFERENCE_COLUMNS = (
+    Column("Last hidden state", "最后隐藏层", "last_hidden_shape"),
+    Column("Batch", "批大小", "batch_size"),
+    Column("Mean token norm", "词元平均范数", "hidden_mean_norm", ".4f"),
+    Column("Time of a batch (ms)", "每批耗时（ms）", "inference_time_s", ".2f", 1e3),
+    Column("Images/s", "图片/秒", "throughput_img_s", ".2f"),
+)
 DETAILS: tuple[tuple[str, str, Sequence[Column], Callable[[dict], Sequence[dict]]], ...] = (
-    ("inference", "Inference", inference.COLUMNS, lambda result: [result]),
+    ("inference", "Inference", INFERENCE_COLUMNS, lambda result: [result]),
     ("accuracy_eval", "Outputs", eval_accuracy.OUTPUT_COLUMNS, eval_accuracy.output_rows),
     ("accuracy_eval", "What arithmetic costs", eval_accuracy.SWEEP_COLUMNS, eval_accuracy.sweep_rows),
     ("accuracy_eval", "Where the error begins", stages.STAGE_COLUMNS, stages.stage_rows),

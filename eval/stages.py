@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import inference  # first of all: it sets what must precede torch
 import numpy as np
-from inference import Column, Device, LoadedModel, log, torch
+from inference import Device, LoadedModel, log, torch
 
+from common import Column
 from measures import finite_or_null, is_at_fault, relative_l2, token_errors
 
 STAGE_IMAGES = 2  # every state of every block is kept in memory
@@ -30,7 +31,7 @@ STAGE_COLUMNS = (
     Column("Own error", "自身误差", "own_relative_l2_error", ".1e"),
     Column("Own, worst token", "自身误差，最差词元", "own_worst_token_relative_l2_error", ".1e"),
     Column("Plain float32's own", "普通 float32 的自身误差", "float32_own_relative_l2_error", ".1e"),
-    Column("At fault", "有问题", "fault"),
+    Column("At fault", "有问题", "at_fault"),
 )
 
 
@@ -226,4 +227,4 @@ def measure_stages(stages: Stages | None, model: LoadedModel, arithmetic: Arithm
 
 
 def stage_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row | {"fault": "yes" if row["at_fault"] else "no"} for row in result.get("stages") or []]
+    return result.get("stages") or []

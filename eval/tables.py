@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import inference
-from inference import Column, UsageError
+from inference import UsageError
 
 import end_to_end
 import eval_accuracy
 import eval_performance
 import stacks
+from common import Column
 
 if TYPE_CHECKING:
     from evidence import Evidence

@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import inference  # first of all: it sets what must precede torch
 import numpy as np
-from inference import Column, Device, Encoder, LoadedModel, log, time_once, torch
+from inference import Device, Encoder, LoadedModel, log, time_once, torch
 
-from common import FEATURES, ChildError, ask_child, keeping, positive_float, sample_crops
+from common import FEATURES, ChildError, Column, ask_child, keeping, positive_float, sample_crops
 from eval_performance import inputs, warm_up
 from measures import FAITHFUL, finite_or_null, relative_l2, token_errors
 

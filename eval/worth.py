@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import inference  # first of all: it sets what must precede torch
 import numpy as np
-from inference import Column, LoadedModel, log, torch
+from inference import LoadedModel, log, torch
 from PIL import Image, ImageOps
 
-from common import FEATURES
+from common import FEATURES, Column
 from measures import LABELS, relative_l2
 from stages import PLAIN, Arithmetic, outputs_of
 

@@ -318,7 +318,7 @@ def test_results_in_full_stand_on_a_page_of_their_own(bundle, run):
     assert ["CPU", "transformers", "1", "1.90", "2.40", "1.062", "3", "-"] in cells(text)
     assert "The ratio is the median over turns" in text
     assert ["published Ascend run, **not this code**", "8", "24.04"] in [row[:2] + row[3:4] for row in cells(text)]
-    made = ["CPU", "Some CPU, 2 threads", "checkpoint", "float32", "2026-05-15T04:33:04+00:00", "a1b2c3d4" * 5, "False"]
+    made = ["CPU", "Some CPU, 2 threads", "checkpoint", "float32", "2026-05-15T04:33:04+00:00", "a1b2c3d4" * 5, "no"]
     assert cells(text).count(made) == 2  # the accuracy says also what it is against
     assert [link for link in re.findall(r"\]\(([^)]+)\)", text) if not (bundle / "results" / link).exists()] == []
 
