@@ -168,8 +168,8 @@ class Device:
     torch_device: torch.device
     name: str
     reason: str
-    allow_hf32: bool = False
-    deterministic: bool = False
+    allow_hf32: bool
+    deterministic: bool
 
     @property
     def kind(self) -> str:
@@ -228,10 +228,9 @@ def _open_cpu(_position: int, _deterministic: bool) -> str:
 
 def cpu_name() -> str:
     """The processor's model name, or its architecture where the system does not tell."""
-    with suppress(OSError):
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        return found[1].strip() if found else platform.machine()
-    return platform.processor() or platform.machine()
+    with suppress(OSError, TypeError):
+        return re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].strip()
+    return platform.machine()
 
 
 def _open_cuda(position: int, _deterministic: bool) -> str:

@@ -9,7 +9,8 @@ of threads, on the CPU the number of threads), then batch sizes, each time with 
 processes, one for each environment; a point that crashes, runs out of memory or hangs is a row, not an end. Each point's
 error is measured against a float64 run on the CPU, and only those within the bar count. Writes every row and three picks,
 the fastest for throughput, for latency (batch size 1) and within 1e-5 (faithful), to results/tuned.json and the log to
-logs/tuned.log (tuned_cpu.* and so on for devices other than an NPU).
+logs/tuned.log (tuned_cpu.* and so on for devices other than an NPU). embed.py computes deterministically, which costs an NPU
+speed: add --deterministic to tune for it.
 
 Exit codes: 0 done; 1 nothing was within the bar; 2 wrong usage or unusable input; 3 BLOCKED: the device cannot be used;
 70 an unforeseen error; 130 stopped (what was measured until then is kept in tuned_partial*.json).

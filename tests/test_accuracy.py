@@ -153,6 +153,12 @@ def test_nan_and_infinity_are_counted_and_fail():
     assert (judged["overall"], judged["faithful"], judged["smallest_bar_percent"]) == ("FAIL", False, None)
 
 
+def test_a_nan_in_an_output_that_does_not_count_fails_all_the_same():
+    truth = {"pooler_output": np.ones((1, 1, 4)), "class_token": np.ones((1, 1, 4))}
+    judged = judge(truth | {"pooler_output": np.full((1, 1, 4), np.nan)}, truth, truth, (1.0, 0.9999), False)
+    assert (judged["misses"], judged["overall"], judged["faithful"]) == ([], "FAIL", False)
+
+
 def test_each_bar_turns_at_its_own_limit():
     reference = np.ones((1, 4, 8))
     value = reference.copy()
@@ -664,6 +670,23 @@ def test_the_sweep_compares_every_arithmetic_and_recommends_the_fastest_within_t
     )
     assert (npu.module.conv.allow_hf32, npu.module.matmul.allow_hf32) == (False, False)
     assert re.search(r"float16 +\d\.\d\de-0\d +\d\.\d\de-0\d +\d\.\d{4} +PASS +patch embedding", done.log)
+
+
+def test_a_rate_is_that_of_the_median_run_without_the_first(tiny, monkeypatch):
+    times = iter([9.0, 0.5, 0.25, 1.0])
+    monkeypatch.setattr(inference, "time_once", lambda *_given: next(times))
+    judged = dict.fromkeys(("overall", "smallest_bar_percent", "faithful")) | {"last_hidden_state": {"relative_l2_error": 0.1}}
+    crops = torch.zeros(3, 64, 64, 3, dtype=torch.uint8)
+    run = SimpleNamespace(args=SimpleNamespace(batch_size=2), judge=lambda _found: judged, crops=crops)
+    row, _ = eval_accuracy.speed_and_error(run, tiny, stages.Arithmetic("float32"))
+    assert (row["throughput_img_s"], row["relative_l2_error"]) == (2 / 0.5, 0.1)
+
+
+def test_the_yardsticks_peer_in_half_precision_has_no_levers(npu, evaluate, monkeypatch):
+    loaded, load = [], inference.load_model
+    monkeypatch.setattr(inference, "load_model", lambda *given, **asked: loaded.append(load(*given, **asked)) or loaded[-1])
+    assert evaluate("--dtype", "float16").code == 0
+    assert [model.levers for model in loaded if model.dtype == torch.float16] == [("fused_attention", "folded_patches"), ()]
 
 
 def test_the_recipe_names_the_layers_that_must_stay_in_float32(evaluate):

@@ -81,6 +81,14 @@ def test_blocked_when_torch_and_torch_npu_do_not_match(npu, monkeypatch):
         open_device("npu")
 
 
+def test_a_post_release_of_torch_npu_goes_with_torch(npu, monkeypatch):
+    version, fitting = importlib.metadata.version, ".".join(torch.__version__.split(".")[:2])
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: f"{fitting}.7.post1" if name == "torch_npu" else version(name)
+    )
+    assert open_device("npu").kind == "npu"
+
+
 @pytest.mark.parametrize(
     ("statement", "answer"),
     [

@@ -223,6 +223,24 @@ def test_a_list_may_name_members_of_tars(shard, tmp_path):
         list_images([str(tmp_path / "again.txt")])
 
 
+def test_a_folder_may_be_called_like_a_tar(tmp_path):
+    (tmp_path / "a.tar").mkdir()
+    (tmp_path / "a.tar" / "photo.jpg").touch()
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/a.tar/photo.jpg\n")
+    for given in ("list.txt", "a.tar"):
+        assert names(list_images([str(tmp_path / given)]), tmp_path) == ["a.tar/photo.jpg"]
+
+
+def test_a_link_is_no_caption(tmp_path):
+    make_tar(tmp_path / "a.tar", {"1.jpg": b"photo", "2.txt": b"another's"})
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        link = tarfile.TarInfo("3.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "2.txt"
+        tar.addfile(tarfile.TarInfo("3.jpg"))
+        tar.addfile(link)
+    assert [key.txt for key in list_images([str(tmp_path / "a.tar")])] == [(0, 0), (0, 0)]
+
+
 def test_a_shuffled_list_over_tars_reads_each_tar_once(tmp_path, monkeypatch):
     tars = [
         make_tar(tmp_path / f"{number}.tar", {f"{member}.jpg": b"%d" % member for member in range(9)}) for number in range(3)

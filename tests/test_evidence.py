@@ -315,6 +315,7 @@ def test_results_in_full_stand_on_a_page_of_their_own(bundle, run):
     save_all(bundle)
     assert run().code == 0
     text = (bundle / "results" / "README.md").read_text(encoding="utf-8")
+    assert ["CPU", "1.50", "0.50", "-", "-", "-"] in cells(text)  # the cold start
     assert ["CPU", "transformers", "1", "1.90", "2.40", "1.062", "3", "-"] in cells(text)
     assert "The ratio is the median over turns" in text
     assert ["published Ascend run, **not this code**", "8", "24.04"] in [row[:2] + row[3:4] for row in cells(text)]
@@ -352,11 +353,23 @@ def test_paths_of_a_system_and_in_the_bundle_are_no_reason_to_refuse(bundle):
     assert "inference_cpu" in evidence.read_evidence(bundle).records
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"device": "cpu", "model": "webssl-mae300m-full2b-224"}'])
-def test_a_malformed_result_is_named(bundle, run, text):
+OURS = '"device": "cpu", "model": "webssl-mae300m-full2b-224", "weights": {"source": "random"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "not a JSON object"),
+        (f"{{{OURS}}}", "('results' is missing)"),
+        (f'{{{OURS}, "results": 5}}', "('int' object is not iterable)"),
+    ],
+)
+def test_a_malformed_result_is_named(bundle, run, text, why):
     write(bundle, "performance_eval_cpu", text)
     done = run()
     assert done.code == 2 and "results/performance_eval_cpu.json" in done.err and done.err.count("\n") == 1
+    assert why in done.err
 
 
 # --- between the markers ---

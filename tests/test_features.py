@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import inference
@@ -300,6 +301,17 @@ def test_lists_and_tars_are_for_embed(run, tmp_path, name):
     assert done.terminal.splitlines()[-1].endswith(f"{name}: lists and tars are for embed.py, which takes --output FOLDER/")
 
 
+@pytest.mark.parametrize(
+    ("source", "said"), [("random", "random weights: the colours mean nothing"), ("checkpoint", "patch tokens")]
+)
+def test_a_picture_of_random_weights_says_so(source, said):
+    result = {"weights": {"source": source}, "model": "m", "dtype": "float32", "device_name": "d"}
+    assert inference.pca_heading(result | {"pca": {"explained_variance_percent": 50.0}}) == [
+        "m, float32 on d",
+        f"{said}; first 3 principal components, 50.0% of the variance",
+    ]
+
+
 def test_principal_components_are_those_of_the_covariance():
     tokens = np.random.default_rng(0).normal(size=(2, 30, 8)) * np.arange(1, 9)
     projected, explained = inference.principal_components(tokens)
@@ -499,7 +511,9 @@ def test_a_feature_too_large_for_float16_is_an_error(run, tiny_folder, tmp_path,
     common = ("--image_path", PHOTO, "--model_path", tiny_folder, "--device", "cpu", "--output", tmp_path / "f.npz")
     assert run(*common).code == 0
     (tmp_path / "f.npz").unlink()
-    done = run(*common, "--feature_dtype", "float16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one line is the error's, none NumPy's
+        done = run(*common, "--feature_dtype", "float16")
     assert (done.code, (tmp_path / "f.npz").exists()) == (2, False)
     assert "use --feature_dtype float32" in done.terminal.splitlines()[-1]
 
@@ -514,6 +528,16 @@ def test_features_from_python_take_paths_and_pictures(tiny):
     single = inference.features(tiny, PHOTOS[1], names=["patch_tokens", "class_token_layer_2"], batch_size=1)
     assert relative_l2(single["patch_tokens"], hidden[1:2, 1:]) < ROUNDING
     assert single["class_token_layer_2"].shape == (1, TINY["hidden_size"])
+
+
+def test_features_from_python_take_a_batch_size(tiny, monkeypatch):
+    sizes, forward = [], inference.forward
+    monkeypatch.setattr(
+        inference, "forward", lambda model, crops, *more: sizes.append(len(crops)) or forward(model, crops, *more)
+    )
+    inference.features(tiny, PHOTOS[:3], batch_size=2)
+    inference.features(tiny, PHOTOS[:3])
+    assert sizes == [2, 1, 3]
 
 
 def test_a_picture_is_turned_upright_as_its_file_is(tiny, tmp_path):

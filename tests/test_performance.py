@@ -441,6 +441,11 @@ def test_a_run_on_an_npu_says_how_it_was_executed(npu, quick_npu, measure, execu
     assert all(row["npu_memory_mb"] > 2.0 and row["pipelined_throughput_img_s"] > 0 for row in result["results"])
 
 
+def test_engines_that_compute_in_float32_are_peers_of_float32_alone(measure, no_engines):
+    done = measure("--batch_sizes", 1, "--dtype", "bfloat16")
+    assert {row["peer"] for row in done.result["peers"]} == {"transformers"}
+
+
 def test_others_on_the_npu_are_said_and_its_power_is_measured(npu, npu_smi, no_peers, monkeypatch, measure):
     monkeypatch.setattr(eval_performance, "measure_deterministic_cost", lambda *arguments: None)
     real = eval_performance.measure_power

@@ -455,11 +455,9 @@ def test_the_versions_are_those_in_use(monkeypatch):
     import transformers
 
     found = inference.versions()
-    assert (found["torch"], found["transformers"], found["numpy"]) == (
-        torch.__version__,
-        transformers.__version__,
-        np.__version__,
-    )
+    torch_version = torch.__version__.split("+")[0]  # PyPI's wheel does not record what it was built for
+    assert found["torch"].split("+")[0] == torch_version
+    assert (found["transformers"], found["numpy"]) == (transformers.__version__, np.__version__)
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
 
 

@@ -219,7 +219,7 @@ def test_a_pick_is_used_and_said(tuned, run, tiny_folder, monkeypatch):
     ("edit", "what"),
     [
         (lambda data: data["picks"]["throughput"].update(device_name="Ascend910_9362"), "device: Ascend910_9362, not"),
-        (lambda data: data["tuned_on"]["versions"].update(torch="2.9.0"), "versions: {'torch': '2.9.0'"),
+        (lambda data: data["tuned_on"]["versions"].update(torch="2.8.0"), "versions: {'torch': '2.8.0'"),
         (lambda data: data["tuned_on"]["weights"]["sha256"].update({"model.safetensors": "0"}), "weights: "),
         (lambda data: data["tuned_on"].update({"image size": 448}), "image size: 448, not 64"),
     ],
