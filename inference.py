@@ -1801,8 +1801,17 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(file, **arrays)
 
 
+REASONS = ("reason", "unavailable", "execution_fallback", "npu_blocked_reason")  # what libraries say, often with a path
+
+
+def without_paths(fields: dict[str, Any]) -> dict[str, Any]:
+    """A result's fields with no path of somebody's machine in its reasons: it may be published."""
+    return fields | {name: re.sub(r"/\S+/", ".../", fields[name]) for name in REASONS if isinstance(fields.get(name), str)}
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write JSON without NaN or Infinity, all at once or not at all. Raises UsageError if it cannot be written."""
+    data = json.loads(json.dumps(data), object_hook=without_paths)
     with replacing(path) as file:
         file.write((json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
 
@@ -1819,7 +1828,7 @@ def write_blocked(args: argparse.Namespace, blocked: Blocked) -> None:
     """Record why the device cannot be used; where a measurement or a BLOCKED with this reason is on record, in trial/."""
     kind = args.device.partition(":")[0]
     record = read_record(Path(args.results_dir or ROOT / "results") / f"{result_name(args.script, kind)}.json")
-    reason = re.sub(r"/\S+/", ".../", blocked.reason)  # no path of somebody's machine is published
+    reason = without_paths({"reason": blocked.reason})["reason"]
     settle(args, kind, trial=bool(record) and (record.get("status") != "BLOCKED" or record.get("reason") == reason))
     if args.script == "embed" or (args.results_dir and record and record.get("status") != "BLOCKED"):
         return

@@ -114,7 +114,7 @@ def ask_child(
             allowed = max(limit_s, START_UP_S)
             for _ in range(count):
                 if not select.select([answers], [], [], allowed)[0]:
-                    raise ChildError("hung", f"no answer within {allowed:g} s")
+                    raise ChildError("no answer in time", f"no answer within {allowed:g} s")
                 answer = answers.readline()
                 if not answer:
                     child.wait()

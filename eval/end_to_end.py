@@ -21,7 +21,7 @@ from inference import LoadedModel, UsageError, log, time_once, torch
 from PIL import Image, ImageOps
 
 import embed
-from common import SAMPLES, ChildError, Column, ask_child, log_table
+from common import FEATURES, SAMPLES, ChildError, Column, ask_child, log_table, sample_crops
 
 FIXED_SHARE = 0.05  # of a turn over a folder, at most, where the turn is long enough
 
@@ -122,12 +122,13 @@ def make_photos(folder: Path, count: int, megapixels: tuple[float, float]) -> fl
 
 
 def ways_through(model: LoadedModel, plain: LoadedModel, execution: str, folder: Path) -> dict[str, Callable]:
-    """Ways to take a list of photos: the bundle's first, then what one would use instead."""
+    """Ways to take a list of photos: the bundle's first, what one would use instead, and the bundle's two halves alone."""
     import transformers
     from transformers.image_utils import load_image
 
     batch, device = inference.default_batch_size(model.device), model.device.torch_device
     processor = library_processor(model.preprocess)
+    encoder, crops = inference.Encoder(model, FEATURES, batch, execution), sample_crops(model.preprocess)
     pipeline = transformers.pipeline("image-feature-extraction", model=plain.module, image_processor=processor, device=device)
 
     def bulk_run(paths: list[str]) -> None:
@@ -143,10 +144,22 @@ def ways_through(model: LoadedModel, plain: LoadedModel, execution: str, folder:
                 hidden = plain.module(pixel_values=pixels).last_hidden_state
             torch.cat([hidden[:, 0], hidden[:, 1:].mean(1)], 1).float().cpu()
 
+    def decoding_alone(paths: list[str]) -> None:
+        images = embed.list_images(paths)
+        bulk = embed.Bulk(images, folder, len(images), {}, "float32")
+        for _batch in embed.decoding_loader(model, embed.KeyBatches(bulk, bulk.parts, batch), None):
+            pass
+
+    def computing_alone(paths: list[str]) -> None:
+        for first in range(0, len(paths), batch):
+            encoder.submit(crops[torch.arange(min(batch, len(paths) - first)) % len(crops)])()
+
     return {
         "this bundle": bulk_run,
         "transformers loop": plain_loop,
         "image-feature-extraction pipeline": lambda paths: pipeline(paths, batch_size=batch),
+        "decoding alone": decoding_alone,
+        "computing alone": computing_alone,
     }
 
 
@@ -211,8 +224,10 @@ def measure_end_to_end(model: LoadedModel, args: argparse.Namespace, keep: Calla
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         log.info("Cold start ...")
-        # A plain copy on the CPU: a device's tensors, and levers, cannot be saved.
-        inference.load_as_asked(args, inference.open_device("cpu"), levers=()).module.save_pretrained(folder / "checkpoint")
+        # A plain copy on the CPU, in float32 as the real checkpoint is: a device's tensors, and levers, cannot be saved.
+        inference.load_as_asked(args, inference.open_device("cpu"), dtype="float32", levers=()).module.save_pretrained(
+            folder / "checkpoint"
+        )
         cold_start = measure_cold_start(model, folder / "checkpoint", args.rounds)
         keep(end_to_end={"cold_start": cold_start})
         (folder / "photos").mkdir()

@@ -192,7 +192,7 @@ def sections(info: dict[str, Any], locked: Sequence[str]) -> str:
     if info["git_commit"]:
         branch = inference.git("branch", "--show-current") or "none (a commit is checked out)"
         changed = "yes" if info["git_dirty"] else "no"
-        git = f"Branch: {branch}\nCommit: {info['git_commit']}\nPython files changed since: {changed}"
+        git = f"Branch: {branch}\nCommit: {info['git_commit']}\nUncommitted changes in Python files: {changed}"
     parts = {
         "System Info": f"{uname.system} {uname.release} {uname.version} {uname.machine}",
         "Python": f"Python {info['python_version']}\npip {installed('pip') or 'not installed'}",

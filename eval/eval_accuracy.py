@@ -101,7 +101,7 @@ def evaluate(args: argparse.Namespace, device: Device) -> int:
         if args.sweep:
             sweep(run, result, keep)
         if args.recipe:
-            keep(recipe=find_recipe(run))
+            find_recipe(run, keep)
             log_recipe(result["recipe"])
     log_verdict(result)
     inference.write_result(args, result)
@@ -257,23 +257,29 @@ def mixed_model(args: argparse.Namespace, device: Device, first: int, last: int)
     return model
 
 
-def find_recipe(run: Run) -> dict[str, Any]:
-    """With how many of the first, or of the last, layers in float32 bfloat16 keeps the bar, and at what throughput."""
+def find_recipe(run: Run, keep: Callable[..., None]) -> None:
+    """Keep with how many of the first, or of the last, layers in float32 bfloat16 keeps the bar, and at what throughput."""
     arithmetic, count = Arithmetic("bfloat16, some layers in float32"), len(inference.layers_of(run.reference.module))
     tried: dict[tuple[int, int], dict[str, Any]] = {}
+
+    def tell(best: dict[str, Any] | None = None) -> None:
+        keep(recipe={"layers": count, "tried": [tried[option] for option in sorted(tried)], "best": best})
 
     def attempt(first: int, last: int) -> bool:
         if (first, last) not in tried:
             log.info(f"Recipe: the first {first} and the last {last} of {count} layers in float32 ...")
-            row, _ = speed_and_error(run, mixed_model(run.args, run.device, first, last), arithmetic)
+            try:
+                row, _ = speed_and_error(run, mixed_model(run.args, run.device, first, last), arithmetic)
+            except (RuntimeError, UsageError) as error:
+                row = {"overall": "not available", "reason": inference.first_line(error)}
             tried[first, last] = {"first": first, "last": last} | row
+            tell()
         return tried[first, last]["overall"] == "PASS"
 
     first = bisect_left(range(count), True, key=lambda number: attempt(number, 0))
     options = [(first, 0), (0, bisect_left(range(count), True, key=lambda number: attempt(0, number)))]
     kept = [tried[option] for option in options if attempt(*option)]
-    best = min(kept, key=lambda row: row["first"] + row["last"], default=None)
-    return {"layers": count, "tried": [tried[option] for option in sorted(tried)], "best": best}
+    tell(min(kept, key=lambda row: row["first"] + row["last"], default=None))
 
 
 # --- tables: what stands in the log, the README and results/README.md ---
@@ -325,7 +331,15 @@ CHINESE = {
     **dict(zip(LABELS.values(), ("池化输出", "隐藏状态", "类别词元", "图块词元均值"), strict=True)),
     **{"Patch embedding": "图块嵌入", "patch embedding": "图块嵌入", "position embedding": "位置嵌入", "pixels": "像素"},
     **{"attention": "注意力", "MLP": "MLP", "final norm": "末层归一化", "pooler": "池化层", "nowhere": "无"},
-    **{"yes": "是", "no": "否", "kept": "保持", "lost": "下降", "none": "无", "not available": "不可用"},
+    **{
+        "yes": "是",
+        "no": "否",
+        "kept": "保持",
+        "lost": "下降",
+        "none": "无",
+        "not available": "不可用",
+        "too few digits to say": "数字图片太少，无法判断",
+    },
 }
 
 
@@ -383,7 +397,7 @@ def log_verdict(result: dict[str, Any]) -> None:
     if result["misses"]:
         log.info(f"Over their bars: {', '.join(result['misses'])}")
     bar = number(result["smallest_bar_percent"], ".4f")
-    log.info(f"Smallest bar that {result['dtype']} meets: {bar}%; task: {result['worth']['task']}")
+    log.info(f"Smallest bar that the relative errors of {result['dtype']} meet: {bar}%; task: {result['worth']['task']}")
     log.info(f"Faithful float32 (relative L2 against float64 <= {FAITHFUL:g}): {'yes' if result['faithful'] else 'NO'}")
     log.info(f"Overall: {result['overall']}")
 

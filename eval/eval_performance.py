@@ -52,7 +52,7 @@ from common import (
 from end_to_end import FIXED_SHARE, log_end_to_end, measure_end_to_end
 from stages import Arithmetic
 
-UNSTEADY = 0.10  # a spread of times, (max - min) / median, beyond which something else was at work on the machine
+UNSTEADY = 0.10  # a spread, from the 5th to the 95th percentile over the median, beyond which something else was at work
 SETTLED = 0.05  # warm-up ends when two runs in a row differ by less
 MAX_WARMUP_S = 10.0
 LAUNCH_BOUND = 0.8  # the host's share of a run from which the device waits for launches
@@ -80,7 +80,7 @@ LIMIT_COLUMNS = (
     Column("Matrix products (TFLOP/s)", "矩阵乘（TFLOP/s）", "matmul_tflops", ".2f"),
     Column("GFLOP an image", "每图 GFLOP", "gflop_per_image", ".2f"),
     Column("Execution", "执行方式", "execution"),
-    Column("Joules an image", "每图焦耳", "power.joules_per_image", ".3f"),
+    Column("Joules an image, whole card", "每图焦耳（整卡）", "power.joules_per_image", ".3f"),
     Column("Power of the card (W)", "整卡功耗（W）", "power.watts", ".1f"),
     Column("--deterministic takes (times)", "--deterministic 耗时（倍）", "deterministic_cost.ratio", ".3f"),
 )
@@ -164,7 +164,7 @@ def summarize(times: Sequence[float], enqueue: Sequence[float], batch_size: int)
         "p50_interval_s": median_interval(times),
         "enqueue_s": queued,
         "launch_bound": queued is not None and queued > LAUNCH_BOUND * median,
-        "unsteady": bool((max(times) - min(times)) / median > UNSTEADY),
+        "unsteady": bool(np.ptp(np.percentile(times, (5, 95))) / median > UNSTEADY),
         "raw_times_s": list(times),
     }
 
@@ -464,7 +464,8 @@ def measure(encoder: Encoder, args: argparse.Namespace, result: dict[str, Any], 
     if device.kind == "npu":
         best = max(fitting, key=lambda row: row["throughput_img_s"])
         keep(power=measure_power(encoder, crops, best["batch_size"]))
-        keep(deterministic_cost=measure_deterministic_cost(args, device, best))
+        if not device.deterministic:
+            keep(deterministic_cost=measure_deterministic_cost(args, device, best))
     log.info(f"=== Performance Summary ==={' (random weights)' if result['weights']['source'] == 'random' else ''}")
     log_table(ROW_COLUMNS, rows(result))
     log_table(LIMIT_COLUMNS, limit_rows(result))

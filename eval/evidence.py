@@ -122,12 +122,12 @@ DETAILS: tuple[tuple[str, str, Sequence[Column], Callable[[dict], Sequence[dict]
 # How a result was made.
 SOURCES = (
     *(Column("Machine", "", "device_name"), Column("Weights", "", "weights.source"), Column("Arithmetic", "", "dtype")),
-    *(Column("UTC", "", "time_utc"), Column("Commit", "", "git_commit"), Column("Python files changed since", "", "git_dirty")),
+    *(Column("UTC", "", "time_utc"), Column("Commit", "", "git_commit"), Column("Uncommitted changes then", "", "git_dirty")),
 )
 # What must be known to read a table.
 NOTES = {
     "Outputs": "The result has the formulas; the published run's were not published, so its errors compare only roughly.",
-    "What arithmetic costs": "Above its smallest bar an arithmetic passes; it begins where a block's own error is too large.",
+    "What arithmetic costs": "An arithmetic passes above its smallest bar, if its cosine does; it begins where a block errs.",
     "Where the error begins": "A block's own error is what it adds when it is fed float64's input.",
     "What the error is worth": "Neighbours among views of the photos, and a linear probe of digits, beside plain float32's.",
     "The field's yardsticks": "Errors as multiples of plain float32's, both against float64.",

@@ -29,6 +29,7 @@ import inference
 from inference import UsageError
 
 import evidence
+import stacks
 import tables
 
 
@@ -72,7 +73,8 @@ def fingerprint(step: Step, arguments: Sequence[str], args: argparse.Namespace) 
     files = [*root.glob("*.py"), *root.glob("eval/*.py"), *(place.iterdir() if place.is_dir() else [place])]
     files += [root / "results" / f"{inference.result_name(step.result, args.device.partition(':')[0])}.json"]
     digests = [inference.sha256(path) if path.is_file() else None for path in sorted(files)]
-    made_of = [step, list(arguments), digests, inference.versions(), machine.get("npu_model"), machine.get("cpu")]
+    optional = [stacks.installed(name) for name in ("scikit-learn", "onnxruntime", "openvino")]
+    made_of = [step, list(arguments), digests, inference.versions(), optional, machine.get("npu_model"), machine.get("cpu")]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 

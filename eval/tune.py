@@ -200,7 +200,8 @@ def varied(rows: list, changes: Sequence[dict[str, Any]], picks: Sequence[str] =
     tried, found = [{name: row[name] for name in POINT} for row in rows], []
     for row, change in itertools.product(leaders, changes):
         around = row["environment"] | change.get("environment", {})
-        point = {name: row[name] for name in POINT} | change | {"environment": around}
+        without = [lever for lever in inference.LEVERS if lever in (*row["without"], *change.get("without", ()))]
+        point = {name: row[name] for name in POINT} | change | {"environment": around, "without": without}
         if point not in tried + found:
             found.append(point)
     return found

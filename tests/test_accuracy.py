@@ -297,6 +297,17 @@ def test_views_differ_and_are_the_same_on_every_run():
     assert len({view.numpy().tobytes() for view in first}) == 12
 
 
+def test_from_few_digits_no_verdict_is_drawn(tiny):
+    pytest.importorskip("sklearn")
+    digits, labels = worth.read_digits(100, tiny.preprocess)
+    task = worth.Task(torch.empty(0), digits, labels, "")
+    task.baseline = task.features(tiny, stages.PLAIN)
+    assert worth.measure_worth(task, tiny, stages.PLAIN)["task"] == "too few digits to say"
+    fewest = worth.FEWEST
+    flipped = {"float32_probe_percent": 92.0, "probe_percent": 92.0 - 100 / fewest}
+    assert worth.verdict_of(flipped, False) == "kept"  # one digit that is told otherwise decides nothing
+
+
 def test_random_weights_are_run_and_marked_meaningless():
     found = {"probe_percent": 50.0, "float32_probe_percent": 50.0}
     assert worth.verdict_of(found, False) == "kept"
@@ -638,6 +649,7 @@ def test_an_untrained_pooler_is_marked_and_decides_nothing(npu, evaluate, tmp_pa
     done = evaluate(folder=folder)
     assert done.result["pooler_output"]["cosine_pass"] is False
     assert done.result["pooler_output"]["counts"] is False
+    assert eval_accuracy.output_rows(done.result)[0]["verdict"] == "FAIL, does not count"
     assert (done.code, done.result["overall"], done.result["misses"]) == (0, "PASS", [])
     assert "Pooler Cosine > 0.9999: FAIL (the pooler is not trained: reported, but it does not count)" in done.log
 
@@ -706,6 +718,34 @@ def test_the_recipe_names_the_layers_that_must_stay_in_float32(evaluate):
     assert all(row["smallest_bar_percent"] < 1.0 for row in tried.values() if row["overall"] == "PASS")
 
 
+def test_a_recipe_that_fails_costs_itself_alone(evaluate, monkeypatch):
+    def fail(*_given):
+        raise RuntimeError("no bfloat16 here")
+
+    monkeypatch.setattr(eval_accuracy, "mixed_model", fail)
+    done = evaluate("--recipe", device="cpu")
+    assert (done.code, done.result["overall"]) == (0, "PASS")
+    assert done.result["recipe"]["best"] is None
+    assert {(row["overall"], row["reason"]) for row in done.result["recipe"]["tried"]} == {
+        ("not available", "no bfloat16 here")
+    }
+
+
+def test_a_recipe_that_is_stopped_keeps_what_was_tried(evaluate, monkeypatch):
+    mixed, tried = eval_accuracy.mixed_model, []
+
+    def stopped(*given):
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        tried.append(given[2:])
+        return mixed(*given)
+
+    monkeypatch.setattr(eval_accuracy, "mixed_model", stopped)
+    done = evaluate("--recipe", "--dtype", "bfloat16", device="cpu")
+    assert done.code == 130
+    assert sorted((row["first"], row["last"]) for row in done.result["recipe"]["tried"]) == sorted(tried)
+
+
 def test_layers_of_a_recipe_that_stay_in_float32_are_float32(evaluate):
     done = evaluate("--dtype", "bfloat16", "--recipe", "--threshold_percent", "0.001", device="cpu", folder=TRAINED)
     tried = {(row["first"], row["last"]): row for row in done.result["recipe"]["tried"]}
@@ -759,6 +799,7 @@ def test_a_whole_run_has_error_beside_worth_and_a_value_in_every_column(evaluate
     two = [stages.Arithmetic("float32, strict"), stages.Arithmetic("bfloat16", "bfloat16")]
     monkeypatch.setattr(stages, "arithmetics", lambda device: two)
     monkeypatch.setattr(inference, "default_batch_size", lambda device: 50)
+    monkeypatch.setattr(worth, "FEWEST", 100)
     done = evaluate("--sweep", "--views", 100, "--probe", 100, device="cpu", folder=TRAINED)
     for row in done.result["sweep"]:
         assert (row["worth"]["views"], row["worth"]["digits"]) == (100, 100)
@@ -769,7 +810,7 @@ def test_a_whole_run_has_error_beside_worth_and_a_value_in_every_column(evaluate
     assert half["centred_relative_l2_error"] > done.result["sweep"][1]["class_token_relative_l2_error"]
     assert exact["float32_probe_percent"] > 30  # one in ten by chance
     assert done.result["worth"]["task"] == "kept"
-    assert "Smallest bar that float32 meets: 0.0001%; task: kept" in done.log
+    assert "Smallest bar that the relative errors of float32 meet: 0.0001%; task: kept" in done.log
     for columns, rows_of in TABLES[:-1]:
         for column in columns:
             assert column.en and column.zh

@@ -207,6 +207,27 @@ def test_the_figures_are_those_of_the_files(bundle):
     assert ["CPU", "folder of photos to features", "10.00", "27.8", "3,472", "434"] in cells(page(bundle, "rates"))
 
 
+@pytest.mark.parametrize(("language", "said"), [("en", "HF32 or TF32 allowed"), ("zh", "允许 HF32 或 TF32")])
+def test_a_figure_says_which_arithmetic_and_execution_gave_it(bundle, language, said):
+    save(bundle, "performance_eval", "npu", dtype="float16", execution="graph")
+    save(bundle, "accuracy_eval", "npu", allow_hf32=True)
+    audited = cells(page(bundle, "audit", language))
+    assert audited[4][1].endswith(", **float16**, **graph**") or audited[4][1].endswith("，**float16**，**graph**")
+    assert said in audited[3][1] and "float16" not in audited[3][1]
+    assert all("**float16**" in row[0] for row in cells(page(bundle, "performance", language))[2:])
+    assert all(said in row[0] for row in cells(page(bundle, "accuracy", language))[2:])
+
+
+def test_a_path_in_what_a_library_says_does_not_keep_the_page_from_being_written(bundle):
+    told = "cannot import name 'x' from 'y' (/tmp/peers/y.py); /workspace/venv/lib/libtorch_npu.so: undefined symbol"
+    fields = {"peers": [{"peer": "y", "unavailable": told}], "npu_blocked_reason": told, "execution_fallback": None}
+    path = bundle / "results" / "performance_eval_cpu.json"
+    inference.write_json(path, performance_result(device="cpu", **fields))
+    written = evidence.read_evidence(bundle).records["performance_eval_cpu"]
+    masked = "cannot import name 'x' from 'y' (.../y.py); .../libtorch_npu.so: undefined symbol"
+    assert (written["peers"][0]["unavailable"], written["npu_blocked_reason"]) == (masked, masked)
+
+
 def test_before_an_npu_has_run_the_published_run_stands_in_a_column_of_its_own(bundle):
     write(bundle, "inference", BLOCKED)
     head, _, photo, accuracy, speed = cells(page(bundle, "audit"))

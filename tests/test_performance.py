@@ -125,7 +125,16 @@ def test_statistics_are_numpys():
     assert row["raw_times_s"] == times
 
 
-@pytest.mark.parametrize(("times", "unsteady"), [([1.0, 1.05, 1.09], False), ([1.0, 1.0, 1.2], True), ([2.0], False)])
+@pytest.mark.parametrize(
+    ("times", "unsteady"),
+    [
+        ([1.0, 1.05, 1.1], False),
+        ([1.0, 1.0, 1.2], True),
+        ([2.0], False),
+        ([1.0] * 99 + [9.0], False),
+        ([1.0] * 9 + [1.3], True),
+    ],
+)
 def test_a_spread_of_more_than_a_tenth_is_called_unsteady(times, unsteady):
     assert summarize(times, [], 1)["unsteady"] is unsteady
 
@@ -471,13 +480,21 @@ def test_what_determinism_costs_is_measured_in_a_child_process(npu, children_hav
     assert cost == {"batch_size": 2, "unavailable": "exit code 1: no room"}
 
 
+@pytest.mark.parametrize(("flags", "times"), [((), 1), (("--deterministic",), 0)])
+def test_what_determinism_costs_is_not_measured_against_itself(npu, quick_npu, monkeypatch, measure, flags, times):
+    asked = []
+    monkeypatch.setattr(eval_performance, "measure_deterministic_cost", lambda *_given: asked.append(1))
+    assert measure("--batch_sizes", 1, *flags, device="npu").code == 0
+    assert len(asked) == times
+
+
 @pytest.mark.parametrize(
     ("code", "answers", "ended"),
     [
         ("print('noise'); tell(1); tell([2, None]); time.sleep(300)", [1, [2, None]], None),
         ("tell(1); sys.exit('no room')", [1], ("crashed", "exit code 1: no room")),
         ("tell(1); os._exit(0)", [1], ("crashed", "exit code 0: it said nothing")),
-        ("tell(given['one']); time.sleep(300)", [1], ("hung", "no answer within 0.5 s")),
+        ("tell(given['one']); time.sleep(300)", [1], ("no answer in time", "no answer within 0.5 s")),
     ],
     ids=["noise", "crash", "silent end", "hangs"],
 )
@@ -671,7 +688,8 @@ def test_end_to_end_takes_photos_through_each_way(npu, quick_npu, monkeypatch, m
     assert done.code == 0, done.terminal
     folder = done.result["end_to_end"]["folder"]
     rates = {row["what"]: row["images_per_s"] for row in folder["rows"]}
-    assert list(rates) == ["this bundle", "transformers loop", "image-feature-extraction pipeline"]
+    ways = ("this bundle", "transformers loop", "image-feature-extraction pipeline", "decoding alone", "computing alone")
+    assert tuple(rates) == ways
     for row in folder["rows"]:
         assert row["ratio_to_this_bundle"] == pytest.approx(rates[row["what"]] / rates["this bundle"])
     assert (folder["images"], done.result["end_to_end"]["cold_start"]) == (3, {"total_s": 1.5})
@@ -697,6 +715,37 @@ def test_the_bundles_way_saves_a_row_for_each_photo(monkeypatch, cpu, tiny, tmp_
     photos = sorted(str(path) for path in SAMPLES.glob("*.jpg"))
     end_to_end.quietly(cpu, ways["this bundle"], photos * 3)
     assert made == [3 * len(photos)]
+
+
+def test_the_bundles_halves_alone_take_each_photo_once(monkeypatch, cpu, tiny, tmp_path):
+    computed, decoded = [], []
+    submit, loader = inference.Encoder.submit, end_to_end.embed.decoding_loader
+    monkeypatch.setattr(inference.Encoder, "submit", lambda self, crops: computed.append(len(crops)) or submit(self, crops))
+    monkeypatch.setattr(
+        end_to_end.embed,
+        "decoding_loader",
+        lambda *given: (decoded.append(len(batch.rows)) or batch for batch in loader(*given)),
+    )
+    ways = end_to_end.ways_through(tiny, tiny_plain(cpu, tiny), "eager", tmp_path)
+    photos = sorted(str(path) for path in SAMPLES.glob("*.jpg")) * 3
+    end_to_end.quietly(cpu, ways["decoding alone"], photos)
+    assert (sum(decoded), max(decoded), computed) == (len(photos), 8, [])
+    end_to_end.quietly(cpu, ways["computing alone"], photos)
+    assert (sum(computed), max(computed), sum(decoded)) == (len(photos), 8, len(photos))
+
+
+def test_a_cold_start_loads_float32_as_the_real_checkpoint_is(monkeypatch, measure, no_peers):
+    from safetensors.torch import load_file
+
+    found = []
+
+    def look(_model, checkpoint, _rounds):
+        found.extend({values.dtype for values in load_file(checkpoint / "model.safetensors").values()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(end_to_end, "measure_cold_start", look)
+    assert measure(*END_TO_END, "--dtype", "bfloat16").code == 130
+    assert found == [torch.float32]
 
 
 def tiny_plain(cpu, tiny):

@@ -25,6 +25,7 @@ import end_to_end
 import env_check
 import eval_performance
 import evidence
+import stacks
 import submit
 import tables
 from conftest import ROOT
@@ -207,7 +208,7 @@ def test_what_is_measured_is_not_measured_again_unless_asked(stand_ins):
     assert ran(stand_ins) == ALL
 
 
-@pytest.mark.parametrize("what", ["flags", "code", "weights", "versions", "machine", "result"])
+@pytest.mark.parametrize("what", ["flags", "code", "weights", "versions", "engines", "machine", "result"])
 def test_with_other_flags_code_weights_versions_or_machine_it_is(stand_ins, monkeypatch, what):
     (stand_ins / "results").mkdir()
     assert submit.main(FLAGS) == 0
@@ -218,6 +219,8 @@ def test_with_other_flags_code_weights_versions_or_machine_it_is(stand_ins, monk
         (stand_ins / "weights" / "w" / "model.safetensors").write_text("changed")
     elif what == "versions":
         monkeypatch.setattr(inference, "versions", lambda: {"torch": "0"})
+    elif what == "engines":
+        monkeypatch.setattr(stacks, "installed", lambda name: "1.0" if name == "onnxruntime" else None)
     elif what == "machine":
         (stand_ins / "results" / "env_info.json").write_text('{"npu_model": "another"}')
     elif what == "result":
