@@ -219,7 +219,7 @@ def test_a_figure_says_which_arithmetic_and_execution_gave_it(bundle, language, 
 
 
 def test_a_path_in_what_a_library_says_does_not_keep_the_page_from_being_written(bundle):
-    told = "cannot import name 'x' from 'y' (/tmp/peers/y.py); /workspace/venv/lib/libtorch_npu.so: undefined symbol"
+    told = "cannot import name 'x' from 'y' (/tmp/peers/y.py); /data/venv/lib/libtorch_npu.so: undefined symbol"
     fields = {"peers": [{"peer": "y", "unavailable": told}], "npu_blocked_reason": told, "execution_fallback": None}
     path = bundle / "results" / "performance_eval_cpu.json"
     inference.write_json(path, performance_result(device="cpu", **fields))
