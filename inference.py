@@ -1147,10 +1147,10 @@ def crop_uint8(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def read_crop(photo: str | Image.Image, preprocess: Preprocess) -> np.ndarray:
-    """Read, decode, resize and crop one image: uint8 [image_size, image_size, 3]. Raises UsageError naming a bad one."""
+def read_photo(photo: str | Path | Image.Image) -> Image.Image:
+    """The decoded image of a path, or a PIL image made alike. Raises UsageError naming one that cannot be read."""
     try:
-        return crop_uint8(decode(read_bytes(photo) if isinstance(photo, str) else photo), preprocess)
+        return decode(photo if isinstance(photo, Image.Image) else read_bytes(str(photo)))
     except BadImage as error:
         raise UsageError(f"{photo}: {error}") from error
     except Unreadable as error:
@@ -1498,8 +1498,7 @@ def features(
 
 def crops_of(photos: Sequence[str | Path | Image.Image], preprocess: Preprocess) -> torch.Tensor:
     """uint8 crops [N, image_size, image_size, 3] of paths or PIL images. Raises UsageError naming one that cannot be read."""
-    crops = [read_crop(photo if isinstance(photo, Image.Image) else str(photo), preprocess) for photo in photos]
-    return torch.from_numpy(np.stack(crops))
+    return torch.from_numpy(np.stack([crop_uint8(read_photo(photo), preprocess) for photo in photos]))
 
 
 def require_finite(finite: np.ndarray, names: Sequence[str], model: LoadedModel) -> None:
@@ -1540,7 +1539,8 @@ def run_few(args: argparse.Namespace, device: Device) -> int:
             arrays = {name: found[name].astype(args.feature_dtype) for name in saved}
         if not all(np.isfinite(values).all() for values in arrays.values()):
             raise UsageError(f"features over 65504 do not fit into {args.feature_dtype}; use --feature_dtype float32")
-        write_npz(Path(args.output), arrays | {"index": np.arange(len(paths)), "path": np.array(paths)})
+        with replacing(Path(args.output)) as file:
+            np.savez(file, index=np.arange(len(paths)), path=np.array(paths), **arrays)
         log.info(f"Features saved to {args.output} ({model.weights.label})")
     result |= {"execution": encoder.execution, "execution_fallback": encoder.fallback} | provenance(args, model)
     if args.pca:
@@ -1793,12 +1793,6 @@ def replacing(path: Path) -> Iterator[Any]:
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays as .npz, uncompressed, all at once or not at all. Raises UsageError if it cannot be written."""
-    with replacing(path) as file:
-        np.savez(file, **arrays)
 
 
 REASONS = ("reason", "unavailable", "execution_fallback", "npu_blocked_reason")  # what libraries say, often with a path
@@ -2057,6 +2051,14 @@ def answered(body: Callable[[], int], settle_log: Callable[[], None]) -> int:
         told = f"{type(error).__name__}: {first_line(error)}"
         log.error(f"error: {told} (unforeseen; the traceback is in the log)", exc_info=True)
         return 70
+
+
+def guarded(script: str, body: Callable[[], int]) -> int:
+    """body() of a script that runs no model, or whatever ends it as one line and an exit code."""
+    try:
+        return answered(body, lambda: open_log(ROOT / "logs" / "trial" / f"{script}.log"))
+    finally:
+        stop_log()
 
 
 def run_script(script: str, args: argparse.Namespace, body: Callable[[argparse.Namespace, Device], int]) -> int:

@@ -21,7 +21,6 @@ import platform
 import re
 import subprocess
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
 ENVIRONMENT = dict(os.environ)  # the user's own: what is imported below adds to it
+STOPPED = "stopped; run it again"
 MISSING: str | None = None  # on a bare host this script still says what to install
 
 from stacks import CANN_PACKAGES, find_cann, install_advice, installed, pairing, stack_for, unmet
@@ -39,7 +39,7 @@ try:
 except ImportError as error:
     MISSING = str(error)
 except KeyboardInterrupt:
-    print("stopped; run it again", file=sys.stderr)
+    print(STOPPED, file=sys.stderr)
     raise SystemExit(130) from None
 
 LOCKS = ROOT / "locked_models.md"
@@ -295,8 +295,8 @@ def make_parser() -> inference.ArgumentParser:
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
-    """Write JSON and log, and print the log."""
+def check(args: argparse.Namespace) -> int:
+    """Write JSON and log, and print the log. Returns the exit code."""
     locked = lock_weights(args.lock_weights) if args.lock_weights else []
     info = collect()
     path, log_path = destination(args, info)
@@ -310,6 +310,7 @@ def check(args: argparse.Namespace) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")
     print(text, end="")
     print(f"Saved to {inference.relative_to_root(path)} and {inference.relative_to_root(log_path)}")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -317,25 +318,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if MISSING:
             raise ImportError(MISSING)
         args = make_parser().parse_args(argv)
-        try:
-            importlib.import_module("torch")
-        except OSError as error:  # a library that torch needs
-            raise ImportError(error) from error
-        check(args)
-        return 0
-    except KeyboardInterrupt:
-        code, line = 130, "stopped; run it again"
-    except ImportError as error:
+        importlib.import_module("torch")
+    except (ImportError, OSError) as error:  # a library that torch needs may be missing
         advice = install_advice(installed("torch"), installed("torch_npu"), find_cann(ENVIRONMENT))
-        code, line = 2, f"error: {error}. To install: {advice}"
-    except UsageError as error:
-        code, line = 2, f"error: {error}"
-    except Exception as error:  # noqa: BLE001
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(frame.filename).name}:{frame.lineno}"
-        code, line = 70, f"error nobody foresaw: {type(error).__name__} at {place}: {inference.first_line(error)}"
-    print(line, file=sys.stderr)
-    return code
+        print(f"error: {error}. To install: {advice}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(STOPPED, file=sys.stderr)
+        return 130
+    inference.stopping.last_words = STOPPED
+    return inference.guarded("env_check", lambda: check(args))
 
 
 if __name__ == "__main__":

@@ -117,12 +117,9 @@ def read_photos(arguments: Sequence[str]) -> tuple[list[str], list[Image.Image]]
     paths = inference.find_images(arguments)
     if len(paths) > MAX_IMAGES:
         log.warning(f"{len(paths):,} images: the first {MAX_IMAGES} are used")
-    photos = []
+    photos: list[Image.Image] = []
     for path in paths[:MAX_IMAGES]:
-        try:
-            photo = inference.decode(inference.read_bytes(path))
-        except (inference.BadImage, inference.Unreadable) as error:
-            raise UsageError(f"{path}: {error}") from error
+        photo = inference.read_photo(path)
         if len(photos) < 16:
             photo.thumbnail((1024, 1024))  # views need no more
             photos.append(photo)
@@ -161,7 +158,7 @@ def compare_device(run: Run, model: LoadedModel, result: dict[str, Any], keep: C
     log_table(OUTPUT_COLUMNS, output_rows(result))
     rows = stages.measure_stages(run.traced, model, arithmetic)
     keep(stages=rows, begins_at=begins(rows), starts_at=(begins(rows) or [None])[0])
-    log_table(stages.STAGE_COLUMNS, stages.stage_rows(result))
+    log_table(stages.STAGE_COLUMNS, result["stages"])
     log.info(f"The error starts at: {', '.join(result['begins_at']) or 'no stage; every block is as exact as plain float32'}")
     keep(invariance=stages.check_invariance(model, arithmetic, run.crops[: args.batch_size]))
     same, alone = result["invariance"], number(result["invariance"]["batch_invariance_relative_l2_error"], ".1e")
@@ -358,10 +355,6 @@ def sweep_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 def yardstick_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     found = result.get("yardsticks") or {}
     return [{"label": LABELS[name]} | found[name] for name in OUTPUTS if name in found]
-
-
-def recipe_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return (result.get("recipe") or {}).get("tried", [])
 
 
 # --- the log ---

@@ -38,17 +38,7 @@ import numpy as np
 from inference import Encoder, LoadedModel, UsageError, log, time_once, torch
 
 import npu_watch
-from common import (
-    FEATURES,
-    ChildError,
-    Column,
-    ask_child,
-    keeping,
-    log_table,
-    peak_memory_mb,
-    positive_float,
-    sample_crops,
-)
+from common import FEATURES, ChildError, Column, ask_child, keeping, log_table, peak_memory_mb, positive_float, sample_crops
 from end_to_end import FIXED_SHARE, log_end_to_end, measure_end_to_end
 from stages import Arithmetic
 

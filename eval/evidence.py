@@ -108,10 +108,10 @@ DETAILS: tuple[tuple[str, str, Sequence[Column], Callable[[dict], Sequence[dict]
     ("inference", "Inference", INFERENCE_COLUMNS, lambda result: [result]),
     ("accuracy_eval", "Outputs", eval_accuracy.OUTPUT_COLUMNS, eval_accuracy.output_rows),
     ("accuracy_eval", "What arithmetic costs", eval_accuracy.SWEEP_COLUMNS, eval_accuracy.sweep_rows),
-    ("accuracy_eval", "Where the error begins", stages.STAGE_COLUMNS, stages.stage_rows),
+    ("accuracy_eval", "Where the error begins", stages.STAGE_COLUMNS, lambda result: result.get("stages") or []),
     ("accuracy_eval", "What the error is worth", worth.WORTH_COLUMNS, worth.worth_rows),
     ("accuracy_eval", "The field's yardsticks", eval_accuracy.YARDSTICK_COLUMNS, eval_accuracy.yardstick_rows),
-    ("accuracy_eval", "Mixed arithmetic", eval_accuracy.RECIPE_COLUMNS, eval_accuracy.recipe_rows),
+    ("accuracy_eval", "Mixed arithmetic", eval_accuracy.RECIPE_COLUMNS, lambda run: (run.get("recipe") or {}).get("tried", [])),
     ("performance_eval", "Batch sizes", eval_performance.ROW_COLUMNS, eval_performance.rows),
     ("performance_eval", "The limit", eval_performance.LIMIT_COLUMNS, eval_performance.limit_rows),
     ("performance_eval", "What one would use instead", eval_performance.PEER_COLUMNS, eval_performance.peer_rows),
@@ -233,15 +233,6 @@ def check(root: Path) -> int:
 # --- command line ---
 
 
-def guarded(script: str, body: Callable[[], int]) -> int:
-    """body(), or whatever ends it as one line and an exit code."""
-    path = inference.ROOT / "logs" / "trial" / f"{script}.log"
-    try:
-        return inference.answered(body, partial(inference.open_log, path))
-    finally:
-        inference.stop_log()
-
-
 def make_parser() -> inference.ArgumentParser:
     parser = inference.ArgumentParser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page or picture has drifted")
@@ -251,7 +242,7 @@ def make_parser() -> inference.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     inference.stopping.last_words = f"stopped; finish it with: {RUN}"
-    return guarded("evidence", lambda: (check if args.check else write)(inference.ROOT))
+    return inference.guarded("evidence", lambda: (check if args.check else write)(inference.ROOT))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def draw_inference(evidence: Evidence) -> Image.Image:
         for photo, colours, (above, below) in zip(photos, pca["colours_hex"], axes.T, strict=False):
             patches = np.frombuffer(bytes.fromhex(colours), np.uint8)
             side = math.isqrt(patches.size // 3)
-            above.imshow(inference.read_crop(str(photo), preprocess))
+            above.imshow(inference.crops_of([photo], preprocess)[0].numpy())
             above.set_title(photo.name, fontsize=14)
             below.imshow(patches.reshape(side, side, 3), interpolation="nearest")
         axes[1][0].set_title(f"PCA {pca['explained_variance_percent']:.1f}%", fontsize=14)

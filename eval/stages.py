@@ -224,7 +224,3 @@ def measure_stages(stages: Stages | None, model: LoadedModel, arithmetic: Arithm
         }
         rows.append(finite_or_null(row))
     return rows
-
-
-def stage_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return result.get("stages") or []

@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags += [] if any(word.startswith("--device") for word in words) else ["--device", args.device]
     inference.stopping.last_words = "stopped; what is measured is kept: run the same command to go on"
     inference.stopping.graceful = True
-    return evidence.guarded("submit", lambda: submit(args, flags))
+    return inference.guarded("submit", lambda: submit(args, flags))
 
 
 if __name__ == "__main__":

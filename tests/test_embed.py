@@ -175,7 +175,7 @@ def test_a_tar_is_a_folder(shard):
     ]
     assert images.ignored == 1
     for key, photo in zip(images, ("chelsea.jpg", "moon.png")):
-        expected = inference.read_crop(str(SAMPLES / photo), Preprocess())
+        expected = inference.crops_of([SAMPLES / photo], Preprocess())[0]
         assert np.array_equal(read_crop(key, Preprocess()), expected)
 
 
@@ -221,6 +221,11 @@ def test_a_list_may_name_members_of_tars(shard, tmp_path):
     (tmp_path / "again.txt").write_text(f"{shard}/nobody.png\n")
     with pytest.raises(UsageError, match=r"00012\.tar has no member nobody\.png"):
         list_images([str(tmp_path / "again.txt")])
+
+
+def test_the_disk_that_an_image_takes_is_that_of_its_features():
+    shapes = {"class_token": (1024,), "patch_tokens": (196, 1024)}
+    assert embed.bytes_per_image(shapes, "float32") == 2 * embed.bytes_per_image(shapes, "float16") == 4 * 197 * 1024
 
 
 def test_a_folder_may_be_called_like_a_tar(tmp_path):
@@ -356,7 +361,7 @@ def test_a_row_is_one_image_with_its_place_path_and_features(bulk, photos, tiny)
     for part in parts:
         assert (part["class_token"].dtype, part["class_token"].shape) == (np.float32, (len(part["index"]), SIZE))
         for path, class_token, mean in zip(part["path"], part["class_token"], part["mean_patch_token"], strict=True):
-            crop = torch.from_numpy(inference.read_crop(path, tiny.preprocess).copy())[None]
+            crop = inference.crops_of([path], tiny.preprocess)
             hidden = inference.forward(tiny, crop).hidden[0].numpy()
             assert class_token == pytest.approx(hidden[0], abs=1e-5)
             assert mean == pytest.approx(hidden[1:].mean(0), abs=1e-5)

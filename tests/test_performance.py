@@ -480,6 +480,13 @@ def test_what_determinism_costs_is_measured_in_a_child_process(npu, children_hav
     assert cost == {"batch_size": 2, "unavailable": "exit code 1: no room"}
 
 
+def test_where_nothing_fits_what_to_do_is_told(monkeypatch, no_peers, measure):
+    monkeypatch.setattr(eval_performance, "measure_row", lambda *_given: (_ for _ in ()).throw(MemoryError("no room")))
+    done = measure("--batch_sizes", 1, 2)
+    assert done.code == 2
+    assert "out of memory at every batch size of [1, 2]; try a smaller one" in done.terminal.splitlines()[-1]
+
+
 @pytest.mark.parametrize(("flags", "times"), [((), 1), (("--deterministic",), 0)])
 def test_what_determinism_costs_is_not_measured_against_itself(npu, quick_npu, monkeypatch, measure, flags, times):
     asked = []

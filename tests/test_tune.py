@@ -92,6 +92,14 @@ def test_the_search_finds_the_best_without_trying_everything(batch):
         assert picks[name].items() >= (expected | {"dtype": dtype, "batch_size": size}).items(), name
 
 
+@pytest.mark.parametrize(("flags", "batch"), [((), 8), (("--batch_size", 3), 3)])
+def test_the_coarse_search_has_the_devices_batch_or_the_flags(monkeypatch, run, tiny_folder, flags, batch):
+    asked = []
+    monkeypatch.setattr(tune, "search", lambda kind, batch, levers, measure, rows: asked.append(batch))
+    done = run("--model_path", tiny_folder, "--device", "cpu", *flags, main=tune.main, name="tuned")
+    assert (done.code, asked) == (1, [batch])
+
+
 def test_the_search_may_leave_out_both_levers():
     rows = [row(size, 1.0, 1e-6) | EAGER | {"without": ["fused_attention"], "batch_size": size} for size in (1, 8)]
     points = tune.varied(rows, [{"without": ["folded_patches"]}])
