@@ -20,6 +20,7 @@ used; 70 an error nobody foresaw (its traceback is in the log); 130 stopped.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -28,6 +29,7 @@ import marshal
 import math
 import mmap
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -317,7 +319,10 @@ def decoding_loader(model: LoadedModel, batches: KeyBatches, num_workers: int | 
     # As many batches as are under way: two for each worker, and those in other hands. Memory that is shared by a fork is no
     # file in /dev/shm, of which a container may have 64 MB.
     shape = (2 * num_workers + 3, batches.batch_size, size, size, 3)
-    buffers = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
+    try:
+        buffers = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
+    except OSError as error:
+        raise UsageError("too little memory for the images under way; use a smaller --batch_size or --num_workers") from error
     loader = torch.utils.data.DataLoader(
         _Crops(model.preprocess, buffers),
         batch_size=None,  # the sampler gives whole batches
@@ -334,14 +339,18 @@ def decoding_loader(model: LoadedModel, batches: KeyBatches, num_workers: int | 
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if num_workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises a dead worker's error in whatever runs
-    for buffer in itertools.cycle(buffers):
-        batch = _next_batch(iterator, num_workers)
-        if batch is None:
-            return
-        batch.crops = torch.from_numpy(buffer[: len(batch.rows)])
-        if pins:
-            batch.crops = batch.crops.pin_memory()
-        yield batch
+    try:
+        for buffer in itertools.cycle(buffers):
+            batch = _next_batch(iterator, num_workers)
+            if batch is None:
+                return
+            batch.crops = torch.from_numpy(buffer[: len(batch.rows)])
+            if pins:
+                batch.crops = batch.crops.pin_memory()
+            yield batch
+    finally:
+        for worker in getattr(iterator, "_workers", ()):
+            worker.kill()  # one that hangs in a read would be waited for, as they ignore SIGTERM
 
 
 def _next_batch(iterator: Iterator[Batch], num_workers: int) -> Batch | None:
@@ -352,9 +361,11 @@ def _next_batch(iterator: Iterator[Batch], num_workers: int) -> Batch | None:
         except (RuntimeError, ConnectionError, EOFError) as error:
             if str(error).startswith("Caught"):  # an error in the worker's own code
                 raise
-            if "DataLoader timed out" not in str(error) or time.monotonic() > deadline:
+            if "DataLoader timed out" not in str(error):
                 reason = f"most likely for lack of memory ({inference.first_line(error)}); use a smaller --num_workers"
                 raise UsageError(f"a decoding worker was lost, {reason}") from error
+            if time.monotonic() > deadline:
+                raise UsageError(f"no image came for {LOADER_TIMEOUT_S} s, as from a disk or network that hangs") from error
     return next(iterator, None)
 
 
@@ -461,15 +472,15 @@ def write_part(lock: FolderLock, bulk: Bulk, part: int, batches: list[tuple[list
 
 def read_part(path: Path, *names: str) -> list[np.ndarray] | None:
     """Arrays of a part; None if there is none. One that is damaged is put aside and named."""
-    damage = (ValueError, KeyError, EOFError, TypeError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+    damage = (ValueError, KeyError, EOFError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error)
     try:
         with np.load(path) as arrays:
             return [arrays[name] for name in names]
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except damage as error:
+    except (OSError, *damage) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # NumPy's, for a place that is not in the file
+            raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
         os.replace(path, f"{path}.damaged")
         log.warning(f"{path} is damaged ({inference.first_line(error)}): put aside as {path.name}.damaged, and made again")
         return None
@@ -492,7 +503,6 @@ class FolderLock:
             raise UsageError(f"--output {folder}: the folder cannot be made or written ({error.strerror})") from error
 
     def __enter__(self) -> FolderLock:
-        self._lock(fcntl.LOCK_SH, 0)
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -508,6 +518,10 @@ class FolderLock:
             self.lockable = False
             log.warning(f"{self.folder}: no locks there ({error.strerror}); see to it that no other run writes to it")
         return True
+
+    def start_work(self) -> None:
+        """From now on this process works here; one that still waits for its turn to plan does not."""
+        self._lock(fcntl.LOCK_SH, 0)
 
     @contextmanager
     def one_at_a_time(self) -> Iterator[None]:
@@ -552,7 +566,7 @@ def plan(args: Namespace, images: ImageList, model: LoadedModel, lock: FolderLoc
     names = inference.names_to_save(args, model)
     shapes = {name: (patches, width) if name == "patch_tokens" else (width,) for name in names}
     part_size = args.part_size or max(1, min(10_000, (1 << 28) // bytes_per_image(shapes, args.feature_dtype)))
-    about = inference.provenance(args, model)
+    about = inference.provenance(args, model) | {"command": command_as_typed()}
     made_with = json.dumps(about["versions"] | {"device": model.device.name})
     made_from = {"device": model.device.kind, "dtype": model.dtype_name, "image_size": model.preprocess.image_size}
     made_from |= {"part_size": part_size, "features": shapes, "feature_dtype": args.feature_dtype}
@@ -564,6 +578,11 @@ def plan(args: Namespace, images: ImageList, model: LoadedModel, lock: FolderLoc
     return Bulk(images, lock.folder, part_size, shapes, args.feature_dtype, first_index, first_part, made_with)
 
 
+def command_as_typed() -> str:
+    """With its whole paths, to be repeated: the manifest is the user's own, and not published."""
+    return shlex.join(["python", *sys.argv])
+
+
 def agree_on_round(
     args: Namespace, images: ImageList, lock: FolderLock, manifest: dict[str, Any]
 ) -> tuple[ImageList, int, int]:
@@ -573,7 +592,8 @@ def agree_on_round(
     """
     folder, path = lock.folder, lock.folder / "manifest.json"
     begun_with, go_back = f"--output {folder}: begun with another", "repeat the first command (manifest.json has it)"
-    if path.exists():
+    has_parts = any(folder.glob("part-*.npz"))
+    if path.exists() and (has_parts or not lock.is_alone()):  # else nothing would be lost
         begun = inference.read_json(path, "the manifest")
         for name, value in manifest["made_from"].items():
             then = begun.get("made_from", {}).get(name)
@@ -581,7 +601,7 @@ def agree_on_round(
                 told = f"({json.dumps(then):.200}, now {json.dumps(value):.200})"
                 raise UsageError(f"{begun_with} {name} {told}; {go_back} or use another folder")
         manifest = begun
-    elif any(folder.glob("part-*.npz")):
+    elif has_parts:
         raise UsageError(f"--output {folder}: it holds parts but no manifest.json; use an empty or new folder")
     rounds = manifest["rounds"]
     index, part = (sum(made[what] for made in rounds) for what in ("images", "parts"))
@@ -593,6 +613,8 @@ def agree_on_round(
             if images_then.sha256() == last["image_list_sha256"]:
                 return images_then, last["first_index"], last["first_part"]
         if not (args.add or args.retry_failed):
+            if last["first_part"]:
+                raise UsageError(f"--output {folder}: repeat the last command, or use --add; it was: {last['command']}")
             told = f"({last['images']:,}, now {len(images):,}); --add takes those that no part holds"
             raise UsageError(f"{begun_with} list of images {told}; or {go_back}, or use another folder")
         if not lock.is_alone():
@@ -601,7 +623,7 @@ def agree_on_round(
     if len(images):
         made = {"first_index": index, "first_part": part, "images": len(images), "image_list_sha256": images.sha256()}
         made["parts"] = math.ceil(len(images) / manifest["made_from"]["part_size"])
-        rounds.append(made | {"command": inference.command_line(), "time_utc": inference.utc_now()})
+        rounds.append(made | {"command": command_as_typed(), "time_utc": inference.utc_now()})
         inference.write_json(path, manifest)
     return images, index, part
 
@@ -643,9 +665,11 @@ def embed(args: Namespace, images: ImageList, model: LoadedModel) -> int:
     with FolderLock(Path(args.output)) as lock:
         with lock.one_at_a_time():
             bulk = plan(args, images, model, lock)
+            lock.start_work()
             parts = claimed_parts(bulk, lock)
         stopping.last_words = f"stopped; {bulk.how_to_go_on()}"
-        batches = KeyBatches(bulk, parts, args.batch_size or inference.default_batch_size(model.device))
+        batch_size = args.batch_size or inference.default_batch_size(model.device)
+        batches = KeyBatches(bulk, parts, min(batch_size, bulk.part_size, len(bulk.images) or 1))
         check_disk(bulk)
         encoder = Encoder(model, tuple(bulk.shapes), batches.batch_size, args.execution, bulk.dtype)
         to_do = f"{len(bulk.unfinished())} of {len(bulk.parts)} parts to do"
@@ -758,7 +782,8 @@ def finish(lock: FolderLock, batches: KeyBatches) -> None:
             failures = write_failures(bulk.folder)
             log.info(f"All {len(bulk.parts)} parts are in {bulk.folder}; {failures:,} images failed (failures.jsonl)")
         elif lock.is_alone(then=fcntl.LOCK_UN) and (lock.lockable or batches.given_up):
-            raise UsageError(f"{len(unfinished)} parts are left unwritten because files could not be read")
+            why = "files could not be read" if batches.given_up else "another process ended early, or could not read files"
+            raise UsageError(f"{len(unfinished)} parts are left unwritten because {why}")
 
 
 def write_failures(folder: Path) -> int:
@@ -769,7 +794,7 @@ def write_failures(folder: Path) -> int:
     failures: dict[str, dict[str, Any]] = {}
     makers: dict[str, str] = {}
     rows = 0
-    for path in sorted(folder.glob("part-*.npz")):
+    for path in sorted(folder.glob("part-*.npz"), key=lambda path: (len(path.name), path.name)):
         found = read_part(path, "path", "failed_index", "failed_path", "failed_reason", "made_with")
         if found is None:
             raise UsageError(f"{path.name} was damaged")

@@ -43,9 +43,9 @@ class Stopping:
         raise KeyboardInterrupt
 
     def listen(self) -> dict[int, Any]:
-        """Take over the signals; returns who answered them before."""
+        """Take over the signals but those that are ignored, as nohup has it; returns who answered them before."""
         numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        return {number: signal.signal(number, self) for number in numbers}
+        return {number: signal.signal(number, self) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
 
 
 stopping = Stopping()
@@ -676,10 +676,12 @@ def _read_native(path: Path, dtype: torch.dtype, _trust_remote_code: bool) -> _C
     """Meta's .pth: a plain state dict in timm's names, without a pooler; or a training checkpoint that holds one as "model"."""
     from transformers import ViTConfig, ViTModel
 
-    zipped = zipfile.is_zipfile(path)
-    if zipped and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
-        raise UsageError(f"{path}: a compressed archive, which torch.save never writes; Meta's native .pth is wanted")
     try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type for entry in archive.infolist()):
+                    raise ValueError("a compressed archive, which torch.save never writes")
         # Mapped where nothing is converted; else read whole, so that converting can let go of one tensor after another.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and dtype == torch.float32)
     except Exception as error:
@@ -998,6 +1000,8 @@ def is_image_name(path: str) -> bool:
 def _matches(pattern: str) -> list[str]:
     """What a pattern names; with ** by a walk, where glob.glob would list a file for each way through a circle of links."""
     base, deep, rest = pattern.partition("**")
+    if "**" in rest:
+        raise UsageError(f"--image_path {pattern}: a pattern may have one ** at most")
     roots = sorted(glob.glob(base)) if base else ["."]
     if not deep or not rest.strip("/*"):
         return roots
@@ -1336,8 +1340,9 @@ class Encoder:
         for name in names:
             kind, _, layer = name.partition("_layer_")
             count = model.module.config.num_hidden_layers
-            if kind not in FEATURES or (layer and layer.removesuffix("_normed") not in map(str, range(1, count + 1))):
-                known = f"{', '.join(FEATURES)}, or _layer_1 to _layer_{count} behind one"
+            layers = map(str, range(1, count + 1)) if kind in FEATURES[:3] else ()
+            if kind not in FEATURES or (layer and layer.removesuffix("_normed") not in layers):
+                known = f"{', '.join(FEATURES)}, or _layer_1 to _layer_{count} behind one of the first three"
                 raise UsageError(f"{name}: no such feature; use {known}")
         self.model = model
         self.names = tuple(names)
@@ -1490,6 +1495,8 @@ def features(
     Raises UsageError naming a photo that cannot be read, or whose features are not numbers.
     """
     photos = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+    if not photos:
+        raise UsageError("no photos were given")
     encoder = Encoder(model, names, batch_size or default_batch_size(model.device))
     found = encoder.submit(crops_of(photos, model.preprocess))()
     require_finite(found.pop("finite"), [str(photo) for photo in photos], model)
@@ -1512,6 +1519,8 @@ def require_finite(finite: np.ndarray, names: Sequence[str], model: LoadedModel)
 def run_few(args: argparse.Namespace, device: Device) -> int:
     """Run all images in this process, time the forward pass, log and save what came out. Returns the exit code."""
     paths = find_images(args.image_path)
+    if args.pca and len(paths) > 100:
+        raise UsageError(f"--pca: at most 100 photos fit into a picture, and these are {len(paths):,}")
     if len(paths) > 1000:
         log.warning(f"{len(paths):,} images at once: embed.py decodes in parallel and can go on after an interruption")
     model = load_from_args(args, device)
@@ -1612,6 +1621,7 @@ def principal_components(patch_tokens: np.ndarray, count: int = 3) -> tuple[np.n
     directions = directions[:count]
     largest = np.take_along_axis(directions, np.abs(directions).argmax(1, keepdims=True), 1)
     projected = tokens @ (directions * np.sign(largest)).T
+    projected = np.pad(projected, ((0, 0), (0, count - len(directions))))  # fewer than three patches have fewer components
     explained = 100 * (singular[:count] ** 2).sum() / max((singular**2).sum(), np.finfo(np.float64).tiny)
     return projected.reshape(*patch_tokens.shape[:2], -1), float(explained)
 

@@ -124,6 +124,8 @@ def test_two_stars_are_any_depth_and_follow_no_link_in_circles(tree):
     assert len(list_images([str(tree / "**")])) == 7
     with pytest.raises(UsageError, match="no such file or folder"):
         list_images([str(tree / "**" / "*.jpg")])
+    with pytest.raises(UsageError, match=r"one \*\* at most"):
+        list_images([str(tree / "**" / "deep" / "**" / "*.tif")])
 
 
 def test_a_list_of_paths_is_read_line_by_line(tree, tmp_path):
@@ -566,6 +568,37 @@ def test_too_little_disk_is_refused_before_anything_is_computed(bulk, monkeypatc
     assert done.code == 2
     assert "needed and 0.000 GB free; make room" in done.terminal
     assert not done.parts
+    monkeypatch.undo()
+    assert bulk("--feature_dtype", "float16").code == 0  # what it advises
+
+
+def test_a_batch_is_no_larger_than_what_there_is(bulk, monkeypatch):
+    assert bulk("--batch_size", 999999999).code == 0
+    assert "batch size 5, eager" in bulk("--batch_size", 999999999, output=bulk().parts[0].parent / "again").log
+
+    def refuse(*_given):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(embed.mmap, "mmap", refuse)
+    done = bulk(output=bulk().parts[0].parent / "more")
+    assert (done.code, "use a smaller --batch_size or --num_workers" in done.last) == (2, True)
+
+
+def test_the_manifest_has_the_command_to_repeat(bulk, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["embed.py", "--image_path", str(photos), "--output", "a b"])
+    bulk()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    expected = f"python embed.py --image_path {photos} --output 'a b'"
+    assert manifest["command"] == manifest["rounds"][0]["command"] == expected
+
+
+def test_the_last_part_to_hold_an_image_counts_whatever_its_number(tmp_path):
+    failed = {"failed_index": np.array([0]), "failed_path": np.array(["a.jpg"]), "failed_reason": np.array(["damaged"])}
+    none = {name: values[:0] for name, values in failed.items()}
+    common = {"made_with": np.array("")}
+    np.savez(tmp_path / "part-99999.npz", path=np.array(["b.jpg"]), **failed, **common)
+    np.savez(tmp_path / "part-100000.npz", path=np.array(["a.jpg"]), **none, **common)
+    assert embed.write_failures(tmp_path) == 0
 
 
 def test_the_disk_that_is_needed_is_told_and_one_long_path_changes_little(bulk, tmp_path):
@@ -614,7 +647,7 @@ def test_a_worker_that_is_lost_is_one_line(bulk, monkeypatch, request, error):
         if key.index == 12 and error == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if key.index == 12 and error == "timeout":
-            threading.Event().wait(3)
+            threading.Event().wait(60)
         return read_crop(key, preprocess)
 
     def in_whatever_runs(_signal, _frame):  # as torch's own handler does
@@ -644,7 +677,12 @@ def test_a_worker_that_is_lost_is_one_line(bulk, monkeypatch, request, error):
         monkeypatch.setattr(multiprocessing.queues.Queue, "get", broken)
     done = bulk("--num_workers", 1)
     assert done.code == 2, done.terminal
-    assert done.last.startswith("error: a decoding worker was lost, most likely for lack of memory (")
+    lost, hangs = (
+        "a decoding worker was lost, most likely for lack of memory (",
+        "no image came for 1 s, as from a disk or network",
+    )
+    assert done.last.startswith(f"error: {hangs if error == 'timeout' else lost}")
+    assert not multiprocessing.active_children()  # none is waited for
     assert done.last.endswith("run the same command again to go on")
 
 
@@ -852,6 +890,8 @@ def test_changed_files_are_named_and_failures_done_again(bulk, photos, tmp_path)
     assert rows(tmp_path / "out").keys() == {str(path) for path in folder.iterdir()}
     assert failures(tmp_path / "out") == []
     assert np.load(tmp_path / "out" / "part-00006.npz")["index"].tolist() == [25]
+    done = bulk(images=folder)
+    assert (done.code, f"{tmp_path}/out: repeat the last command, or use --add; it was: python " in done.last) == (2, True)
 
 
 # --- devices, memory, graphs ---
@@ -1020,18 +1060,72 @@ def test_of_two_processes_that_end_at_once_one_is_the_last(tmp_path):
 
     def other() -> None:
         with embed.FolderLock(tmp_path) as lock:
+            lock.start_work()
             theirs.send("there")
             theirs.recv()
             theirs.send(lock.is_alone(then=fcntl.LOCK_UN))
 
     process = multiprocessing.get_context("fork").Process(target=other)
     with embed.FolderLock(tmp_path) as lock:
+        lock.start_work()
         process.start()
         assert ours.poll(30) and ours.recv() == "there"
         first = lock.is_alone(then=fcntl.LOCK_UN)
         ours.send("go on")
         assert ours.poll(30) and (first, ours.recv()) == (False, True)
     process.join()
+
+
+def test_who_waits_for_the_plan_is_not_at_work(bulk, photos, tmp_path, monkeypatch):
+    """Else torchrun's --add would be refused, and its --retry_failed do nothing, whenever ranks come at once."""
+    folder = broken_copy(photos, tmp_path / "photos", "03.jpg")
+    bulk(images=folder)
+    shutil.copy2(photos / "03.jpg", folder)
+    waiting, theirs = multiprocessing.Pipe()
+
+    def other() -> None:
+        with embed.FolderLock(tmp_path / "out") as lock:
+            theirs.send("there")
+            with lock.one_at_a_time():
+                pass
+
+    process = multiprocessing.get_context("fork").Process(target=other)
+    plan = embed.plan
+
+    def plan_beside_another(*given):
+        process.start()
+        assert waiting.poll(30) and waiting.recv() == "there"
+        return plan(*given)
+
+    monkeypatch.setattr(embed, "plan", plan_beside_another)
+    done = bulk("--retry_failed", images=folder)
+    process.join(30)
+    assert (done.code, len(done.parts), failures(tmp_path / "out")) == (0, 6, [])
+
+
+def test_what_another_left_unmade_is_told(bulk, photos, tmp_path, monkeypatch):
+    ours, theirs = multiprocessing.Pipe()
+
+    def other() -> None:  # holds a part, and goes without having made it
+        with embed.FolderLock(tmp_path / "out") as lock:
+            lock.start_work()
+            lock.claim(2)
+            theirs.send("there")
+            theirs.recv()
+
+    process, finish = multiprocessing.get_context("fork").Process(target=other), embed.finish
+    process.start()
+    assert ours.poll(30) and ours.recv() == "there"
+
+    def finish_alone(*given):
+        ours.send("end")
+        process.join(30)
+        finish(*given)
+
+    monkeypatch.setattr(embed, "finish", finish_alone)
+    done = bulk()
+    assert (done.code, len(done.parts)) == (2, 4)
+    assert "1 parts are left unwritten because another process ended early, or could not read files" in done.last
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [("1", None), (None, "2"), ("2", "2"), ("x", "2")])

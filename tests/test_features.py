@@ -312,6 +312,20 @@ def test_a_picture_of_random_weights_says_so(source, said):
     ]
 
 
+def test_a_picture_has_room_for_a_hundred_photos(run, tiny_folder, tmp_path):
+    for number in range(101):
+        (tmp_path / f"{number:03d}.jpg").symlink_to(PHOTO)
+    done = run("--image_path", tmp_path, "--model_path", tiny_folder, "--device", "cpu", "--pca", tmp_path / "p.png")
+    assert done.code == 2
+    assert done.terminal.splitlines()[-1] == "error: --pca: at most 100 photos fit into a picture, and these are 101"
+
+
+def test_a_photo_of_one_patch_has_a_colour(run, tiny_folder, tmp_path):
+    flags = ("--image_size", 16, "--pca", tmp_path / "p.png")
+    done = run("--image_path", PHOTO, "--model_path", tiny_folder, "--device", "cpu", *flags)
+    assert (done.code, done.result["pca"]["colours_hex"]) == (0, ["000000"])
+
+
 def test_principal_components_are_those_of_the_covariance():
     tokens = np.random.default_rng(0).normal(size=(2, 30, 8)) * np.arange(1, 9)
     projected, explained = inference.principal_components(tokens)
@@ -530,6 +544,11 @@ def test_features_from_python_take_paths_and_pictures(tiny):
     assert single["class_token_layer_2"].shape == (1, TINY["hidden_size"])
 
 
+def test_no_photos_are_refused_in_one_line(tiny):
+    with pytest.raises(UsageError, match="no photos were given"):
+        inference.features(tiny, [])
+
+
 def test_features_from_python_take_a_batch_size(tiny, monkeypatch):
     sizes, forward = [], inference.forward
     monkeypatch.setattr(
@@ -566,7 +585,10 @@ def cut(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["classtoken", "class_token_layer_0", "class_token_layer_4", "class_token_layer_x", "pooler"])
+@pytest.mark.parametrize(
+    "name",
+    ["classtoken", "class_token_layer_0", "class_token_layer_4", "class_token_layer_x", "pooler", "pooler_output_layer_1"],
+)
 def test_a_feature_that_is_not_there_is_named(tiny, name):
     with pytest.raises(UsageError, match=f"{name}: no such feature"):
         inference.features(tiny, PHOTO, names=["class_token", name])

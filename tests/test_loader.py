@@ -601,8 +601,15 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(cpu, tiny_native,
         for entry in source.infolist():
             packed.writestr(entry.filename, source.read(entry))
     for dtype in ("float32", "float16"):
-        with pytest.raises(UsageError, match=r"bomb\.pth: a compressed archive"):
+        with pytest.raises(UsageError, match=r"bomb\.pth: .*a compressed archive, which torch\.save never writes"):
             load_model(cpu, str(tmp_path / "bomb.pth"), dtype)
+
+
+def test_an_archive_with_a_damaged_directory_is_named(cpu, tiny_native, tmp_path):
+    data = tiny_native.read_bytes()
+    (tmp_path / "w.pth").write_bytes(data.replace(b"PK\x01\x02", b"\0K\x01\x02", 1))
+    with pytest.raises(UsageError, match=r"w\.pth: truncated or damaged"):
+        load_model(cpu, str(tmp_path / "w.pth"))
 
 
 # --- checkpoints that are legal, and some that are not ---

@@ -461,6 +461,22 @@ def test_the_versions_are_those_in_use(monkeypatch):
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
+def test_a_signal_that_is_ignored_stays_ignored():
+    """nohup ignores SIGHUP, and a shell's & SIGINT: a run over ssh must live through the end of the session."""
+    program = (
+        "import signal, inference; signal.signal(signal.SIGHUP, signal.SIG_IGN); inference.stopping.listen();"
+        "print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, signal.getsignal(signal.SIGTERM) is inference.stopping)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=script_environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["True", "True"]
+
+
 def test_importing_takes_over_no_signals_and_prints_nothing():
     program = "import signal, sys, inference; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     environment = script_environment(PYTHONPATH=str(ROOT))
