@@ -18,7 +18,7 @@ SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *R
 PAGE_MAKERS = {"evidence", "tables", "pictures", "submit"}  # these read what the others write
 ALLOWED = {"inference": set(), "stacks": set(), "embed": {"inference"}, "env_check": {"inference", "stacks"}}
 LONGEST_FUNCTION = 60
-LINES_IN_ALL = 6700  # outside tests
+LINES_IN_ALL = 6740  # outside tests
 
 
 def name_of(script: str) -> str:
