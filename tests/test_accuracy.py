@@ -239,6 +239,8 @@ def test_yardsticks_agree_with_hand_computed_values():
     assert (found["class"], found["same"], found["within_2e-13"], found["within_2e-11"]) == ("L0", True, False, False)
     assert measures.yardstick(truth + 1e-4, truth + 1e-4, truth)["class"] == "L2"
     assert measures.yardstick(truth + 1e-4, truth + 1e-4, truth)["within_2e-13"] is True
+    large = measures.yardstick(1000 * truth + 0.1, 1000 * truth, 1000 * truth)  # relative to what they are of
+    assert (large["within_2e-13"], large["within_2e-11"]) == (True, True)
 
 
 @pytest.mark.parametrize(("factor", "found"), [(1.15, "L2"), (1.4, "L1"), (1.9, "L0"), (2.1, "none")])

@@ -230,6 +230,20 @@ def test_the_disk_that_an_image_takes_is_that_of_its_features():
     assert embed.bytes_per_image(shapes, "float32") == 2 * embed.bytes_per_image(shapes, "float16") == 4 * 197 * 1024
 
 
+@pytest.mark.parametrize(("each", "size"), [(8192, 10_000), (1 << 20, 256), (1 << 30, 1)])
+def test_a_part_holds_fewer_images_where_their_features_are_large(bulk, flags, monkeypatch, tmp_path, each, size):
+    place = flags.index("--part_size")
+    del flags[place : place + 2]
+    monkeypatch.setattr(embed, "bytes_per_image", lambda shapes, dtype: each)
+    monkeypatch.setattr(embed, "check_disk", lambda bulk: None)
+    bulk(images=SAMPLES / "chelsea.jpg")
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["made_from"]["part_size"] == size
+
+
+def test_the_folder_of_a_bare_name_is_here():
+    assert (embed.ImageKey(0, "a.jpg").folder, embed.ImageKey(0, "b/a.jpg").folder) == (".", "b")
+
+
 def test_a_folder_may_be_called_like_a_tar(tmp_path):
     (tmp_path / "a.tar").mkdir()
     (tmp_path / "a.tar" / "photo.jpg").touch()

@@ -475,6 +475,11 @@ def test_requirements_that_are_not_met_name_the_command():
     ]
 
 
+def test_a_build_from_source_meets_what_it_follows(monkeypatch):
+    monkeypatch.setattr(stacks, "installed", lambda name: "2.10.0a0+gitee7ba04")
+    assert stacks.unmet(["torch>=2.9,<2.14"], "why") == []
+
+
 def test_packages_that_canns_compiler_lacks_are_told(check, no_torch_npu, monkeypatch):
     versions = {"numpy": "2.4.6", "decorator": "4.3", "psutil": None}
     monkeypatch.setattr(stacks, "installed", lambda name: versions.get(name, "99"))

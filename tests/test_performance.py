@@ -369,6 +369,8 @@ def test_the_power_is_the_cards_and_the_rest_the_chips_own(npu_smi):
         "images_per_s": 100.0,
         "joules_per_image": pytest.approx(1.755),
     }
+    alone = npu_watch.summarize_watch([{"NpuID": "0", "ChipId": "1", "Pwr": "100"}], ("0", "1"), 50.0)
+    assert (alone["joules_per_image"], alone["temperature_c"], alone["ai_core_percent"]) == (2.0, None, None)
 
 
 def test_without_npu_smi_there_is_no_power_and_nobody_else(monkeypatch, tmp_path):
