@@ -224,9 +224,9 @@ def measure_end_to_end(model: LoadedModel, args: argparse.Namespace, keep: Calla
         folder = Path(name)
         log.info("Cold start ...")
         # A plain copy on the CPU, in float32 as the real checkpoint is: a device's tensors, and levers, cannot be saved.
-        inference.load_as_asked(args, inference.open_device("cpu"), dtype="float32", levers=()).module.save_pretrained(
-            folder / "checkpoint"
-        )
+        plain = inference.load_as_asked(args, inference.open_device("cpu"), dtype="float32", levers=())
+        plain.module.save_pretrained(folder / "checkpoint")
+        del plain  # its memory is the measurement's
         cold_start = measure_cold_start(model, folder / "checkpoint", args.rounds)
         keep(end_to_end={"cold_start": cold_start})
         (folder / "photos").mkdir()

@@ -50,12 +50,8 @@ WORDS = eval_accuracy.CHINESE | {
     **{"batch": "批大小", "times the published rate": "× 已公布吞吐", "times its latency": "× 其延迟"},
     **{"not measured": "未测量", "random weights": "随机权重", "partial": "不完整", "against": "对比"},
     **{"means nothing": "无意义", "does not count": "不计入", "not finite": "非有限值"},
-    **{
-        "out of memory": "内存不足",
-        "launch-bound": "受下发限制",
-        "unsteady": "不稳定",
-        "HF32 or TF32 allowed": "允许 HF32 或 TF32",
-    },
+    **{"out of memory": "内存不足", "launch-bound": "受下发限制", "unsteady": "不稳定"},
+    **{"HF32 or TF32 allowed": "允许 HF32 或 TF32"},
     **{"torch_npu is not installed": "未安装 torch_npu", "CANN is not installed or not set up": "CANN 未安装或未配置环境"},
     **{"torch sees no NPU": "torch 找不到 NPU", "CANN's compiler cannot start": "CANN 编译器无法启动"},
     **{"torch_npu does not fit this torch or this CANN": "torch_npu 与当前 torch 或 CANN 不匹配"},
@@ -115,8 +111,8 @@ def label_of(data: dict[str, Any]) -> str:
     if "weights" not in data:
         return "published Ascend run, **not this code**"
     label, reference = KINDS[data["device"]], data.get("reference")
-    ways = [way for way in (data.get("dtype"), data.get("execution")) if way not in (None, "float32", "eager")]
-    label += "".join(f", **{way}**" for way in [*ways, *(["HF32 or TF32 allowed"] if data.get("allow_hf32") else [])])
+    ways = [data.get("dtype"), data.get("execution"), "HF32 or TF32 allowed" if data.get("allow_hf32") else None]
+    label += "".join(f", **{way}**" for way in ways if way not in (None, "float32", "eager"))
     if reference:
         label += f" against {KINDS.get(reference['device'], reference['dtype'])}"
     label += ", **random weights**" if data["weights"]["source"] == "random" else ""

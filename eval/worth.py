@@ -155,10 +155,12 @@ def measure_worth(task: Task, model: LoadedModel, arithmetic: Arithmetic) -> dic
             ours, theirs = (linear_probe(who["digits"][name], task.labels) for who in (found, task.baseline))
             result[name]["probe_percent"] = 100 * float((ours == task.labels).mean())
             result[name]["float32_probe_percent"] = 100 * float((theirs == task.labels).mean())
-    verdict = task.note
-    if len(task.digits):
-        is_random = model.weights.source == "random"
-        verdict = verdict_of(result["class_token"], is_random) if len(task.digits) >= FEWEST else "too few digits to say"
+    if not len(task.digits):
+        verdict = task.note
+    elif len(task.digits) < FEWEST:
+        verdict = "too few digits to say"
+    else:
+        verdict = verdict_of(result["class_token"], model.weights.source == "random")
     return result | {"task": verdict}
 
 
