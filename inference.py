@@ -1,10 +1,11 @@
-"""WebSSL-MAE-300M: turn photos into features on an Ascend NPU, a GPU or the CPU.
+"""WebSSL-MAE-300M: turn a photo, or a few, into features on an Ascend NPU, a GPU or the CPU.
 
     python inference.py --image_path photo.jpg --device npu
-    python inference.py --image_path a.jpg b.png --output features.npz --pca picture.png
+    python inference.py --image_path a.jpg b.png --output features.npz
 
-One photo or a few are run at once, timed, and described in the log and in results/inference.json (results/inference_cpu.json
-and so on for other devices). For a folder of any size, a list or a tar: embed.py. From Python:
+The photos are run in batches, timed, and described in the log and in results/inference.json (results/inference_cpu.json and so
+on for other devices). For folders of any size, lists and tars: embed.py. For a picture of the patch tokens: eval/pca.py.
+From Python:
 
     model = load_model(open_device("npu"))
     arrays = features(model, ["photo.jpg"])
@@ -15,47 +16,9 @@ asked for cannot be used; 70 an error nobody foresaw (its traceback is in the lo
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import time
-from pathlib import Path, PurePath
-
-STARTED = time.perf_counter()  # what a user waits for begins here
-ROOT = Path(__file__).resolve().parent
-
-# torch >= 2.5 imports torch_npu by itself and fails where CANN is absent, even for a run on the CPU.
-os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-
-
-class Stopping:
-    """Answers Ctrl-C, SIGTERM and SIGHUP: the first, while `graceful`, by KeyboardInterrupt, else it ends at once."""
-
-    def __init__(self) -> None:
-        self.graceful = False
-        self.last_words = "stopped; nothing was saved"
-
-    def __call__(self, _signal: int, _frame: object) -> None:
-        if not self.graceful:
-            os.write(2, f"\n{self.last_words}\n".encode())
-            os._exit(130)
-        self.graceful = False
-        raise KeyboardInterrupt
-
-    def listen(self) -> dict[int, Any]:
-        """Take over the signals but those that are ignored, as nohup has it; returns who answered them before."""
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        return {number: signal.signal(number, self) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
-
-
-stopping = Stopping()
-RUN_AS_SCRIPT = Path(sys.argv[0]).is_file() and Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "eval")
-if RUN_AS_SCRIPT:
-    stopping.listen()  # the imports below take a while
-
 import argparse
+import ctypes
 import dataclasses
-import errno
 import glob
 import hashlib
 import importlib
@@ -66,47 +29,43 @@ import json
 import logging
 import logging.handlers
 import math
+import os
 import platform
 import re
 import shlex
+import signal
 import stat
 import statistics
 import subprocess
+import sys
+import time
+import traceback
 import uuid
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+STARTED = time.perf_counter()  # what a user waits for begins here
+# torch >= 2.5 imports torch_npu by itself and fails where CANN is absent, even for a run on the CPU.
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+
+ROOT = Path(__file__).resolve().parent
 
 try:
     import numpy as np
-    from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
-except ImportError as error:
-    if not RUN_AS_SCRIPT:
-        raise
-    print(f"error: {error}. Run: pip install -r requirements.txt", file=sys.stderr)
-    raise SystemExit(2) from None
-
-
-class _Lazy:
-    """A module that is imported when it is first used: --help and a wrong flag need not wait for it."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self._name), attribute)
-
-
-if TYPE_CHECKING:
     import torch
-else:
-    torch = _Lazy("torch")
+    from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+except ImportError as error:
+    if ROOT not in Path(sys.argv[0]).resolve().parents:
+        raise
+    print(f"error: {error}. Run: pip install -r requirements.txt", file=sys.stderr)  # one of the bundle's own scripts
+    raise SystemExit(2) from None
 
 MODEL_NAME = "webssl-mae300m-full2b-224"
 HUB_ID = f"facebook/{MODEL_NAME}"
@@ -114,10 +73,6 @@ HUB_COMMITS = {HUB_ID: "4655a0ac1726c206ba14d5ccb26758c62a4d03b0"}
 DEFAULT_MODEL_PATH = f"weights/{MODEL_NAME}"
 DTYPES = ("float32", "float16", "bfloat16")
 SEED = 0
-LAYER_NORM_EPS = 1e-6  # timm's, with which Meta's native files were trained
-
-# What changes how a forward pass is computed, not what it computes; --without switches one off.
-LEVERS = ("folded_patches", "fused_attention")
 
 # Environment variables that change speed or results without a word.
 SILENT_VARIABLES = (
@@ -126,8 +81,8 @@ SILENT_VARIABLES = (
 )
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"})
+MAX_MEGAPIXELS = 300  # phones make photos of 200; six bytes for each pixel is what decoding takes
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP")
-MAX_FILE_BYTES = 1 << 30
 
 log = logging.getLogger("webssl")
 
@@ -140,16 +95,19 @@ class Blocked(Exception):
     """The device that was asked for cannot be used: exit code 3. What is missing, and what to do about it."""
 
     def __init__(self, reason: str, remedy: str) -> None:
-        super().__init__(f"{reason}. {remedy}")
+        super().__init__(reason, remedy)  # as they are: it may be raised again in another process
         self.reason, self.remedy = reason, remedy
+
+    def __str__(self) -> str:
+        return f"{self.reason}. {self.remedy}"
+
+
+class DeviceLost(Exception):
+    """The device has stopped computing, and what this process would compute is garbage: exit code 70, nothing is written."""
 
 
 class BadImage(Exception):
     """This image cannot be decoded, whoever asks again."""
-
-
-class Unreadable(Exception):
-    """The disk, the network or missing rights did not give a file that may well be good."""
 
 
 def first_line(error: BaseException) -> str:
@@ -207,9 +165,6 @@ def open_device(spec: str = "auto", allow_hf32: bool = False, deterministic: boo
                 raise
             reasons.append(f"no {'NPU' if candidate == 'npu' else 'GPU'}: {error.reason}")
     set_float32_precision(candidate, allow_hf32, allow_hf32)
-    if candidate != "npu":
-        # transformers imports any torch_npu it finds, which fails where CANN is absent.
-        sys.modules.setdefault("torch_npu", None)  # type: ignore[arg-type]
     place = torch.device("cpu") if candidate == "cpu" else torch.device(candidate, position)
     return Device(place, name, "; ".join(reasons), allow_hf32, deterministic)
 
@@ -241,8 +196,6 @@ def _open_cuda(position: int, _deterministic: bool) -> str:
 
 
 def _open_npu(position: int, deterministic: bool) -> str:
-    if sys.modules.get("torch_npu", "never looked for") is None:
-        del sys.modules["torch_npu"]
     if importlib.util.find_spec("torch_npu") is None:
         raise Blocked("torch_npu is not installed", "Run eval/env_check.py: it prints the line that installs what fits here")
     with suppress(importlib.metadata.PackageNotFoundError):
@@ -250,6 +203,10 @@ def _open_npu(position: int, deterministic: bool) -> str:
         if version.split(".")[:2] != torch.__version__.split(".")[:2]:
             reason = f"torch {torch.__version__} and torch_npu {version} do not go together"
             raise Blocked(reason, "Install the same version of both")
+        if (version, platform.machine()) == ("2.14.0", "x86_64"):  # it ends the process, beside PyPI's torch of this version
+            raise Blocked(
+                "torch_npu 2.14.0 cannot be imported on x86_64", "Install a recommended pair: eval/env_check.py names it"
+            )
     visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "")
     numbers = [int(number) for number in re.findall(r"[0-9]+", visible)]
     if numbers != sorted(set(numbers)):
@@ -266,40 +223,9 @@ def _open_npu(position: int, deterministic: bool) -> str:
             torch.npu.config.allow_internal_format = False  # or conv2d takes a path that no graph captures on Atlas A2
             set_float32_precision("npu", False, False)
     except Exception as error:
-        raise _explain_npu(error, "torch_npu cannot be used", "Run eval/env_check.py to see the whole environment") from error
-    return _first_use("npu", position, count, "npu-smi info, and that the container was given /dev/davinci*")
-
-
-# What the errors of torch_npu 2.9.0 to 2.14.0 and CANN 8.5 mean: a part of the text, the reason, what to do.
-NPU_ERRORS = (
-    (
-        "cannot open shared object file",
-        "CANN is not installed or not set up",
-        "Install CANN, then run: source /usr/local/Ascend/cann/set_env.sh (before CANN 8.5: .../ascend-toolkit/set_env.sh)",
-    ),
-    (
-        "Two accelerators",
-        "torch_npu cannot work beside a CUDA build of torch on a machine with a GPU",
-        "Install the CPU build of torch",
-    ),
-    (
-        "undefined symbol",
-        "torch_npu does not fit this torch or this CANN",
-        "Install a recommended pair: eval/env_check.py names it",
-    ),
-    (
-        "500001",
-        "CANN's compiler cannot start",
-        "Check numpy<2, decorator, attrs, psutil, scipy, protobuf, sympy, cffi; the log is below ~/ascend/log",
-    ),
-)
-
-
-def _explain_npu(error: Exception, otherwise: str, remedy: str) -> Blocked:
-    for part, reason, what_to_do in NPU_ERRORS:
-        if part in str(error):
-            return Blocked(f"{reason} ({first_line(error)})", what_to_do)
-    return Blocked(f"{otherwise} ({first_line(error)})", remedy)
+        raise explain_npu(error, "torch_npu cannot be used") from error
+    name = _first_use("npu", position, count, "npu-smi info, and that the container was given /dev/davinci*")
+    return f"{name}, {STAND_IN}" if is_stand_in() else name
 
 
 def _first_use(kind: str, position: int, count: int, check: str) -> str:
@@ -309,7 +235,8 @@ def _first_use(kind: str, position: int, count: int, check: str) -> str:
         visible = f" ({variable}={os.environ[variable]})" if variable in os.environ else ""
         raise Blocked(f"torch sees no {label}{visible}", f"Check {check}")
     if position >= count:
-        raise Blocked(f"there is no {kind}:{position}: torch sees {count} {label}(s)", f"Use a number below {count}")
+        within = f"; numbers count from 0 within {variable}={os.environ[variable]}" if variable in os.environ else ""
+        raise Blocked(f"there is no {kind}:{position}: torch sees {count} {label}(s)", f"Use a number below {count}{within}")
     backend = torch.get_device_module(kind)
     try:
         backend.set_device(position)
@@ -318,7 +245,110 @@ def _first_use(kind: str, position: int, count: int, check: str) -> str:
         return backend.get_device_name(position)
     except Exception as error:
         failed = f"{kind}:{position} is listed but fails at first use"
-        raise _explain_npu(error, failed, "Check that no other process holds it") from error
+        raise (
+            explain_npu(error, failed) if kind == "npu" else Blocked(f"{failed} ({first_line(error)})", f"Check {check}")
+        ) from error
+
+
+# --- what an NPU's errors mean ---------------------------------------------------------------------------------------
+
+# What errors of torch_npu 2.9 to 2.14 and CANN 8.5 to 9.1 mean: a pattern, the reason, what to do; the first that fits. Codes:
+# CANN's rt_error_codes.h.
+NPU_ERRORS = (
+    (
+        r"(\S+): cannot allocate memory in static TLS block",
+        "a library asks for thread-local memory after others have taken it",
+        "Load it first: LD_PRELOAD={0} python ...",
+    ),
+    (
+        r"(libc\+\+\S*): cannot open shared object file",
+        "libc++ is missing, which this CANN needs",
+        "Install it: apt install libc++1, or dnf install libcxx",
+    ),
+    (
+        r"lib(ascend|hccl|acl|ge_|graph|op|runtime|nnopbase|register|error_manager|tdt|hcomm|msprof)\S*: cannot open shared",
+        "CANN is not installed or not set up",
+        "Install CANN, then run: source /usr/local/Ascend/cann/set_env.sh (before CANN 8.5: .../ascend-toolkit/set_env.sh)",
+    ),
+    (
+        r"(\S+\.so\S*): cannot open shared object file",
+        "a library of the system is missing",
+        "Install the package that has {0}",
+    ),
+    (
+        r"Two accelerators",
+        "torch_npu cannot work beside a CUDA build of torch on a machine with a GPU",
+        "Install the CPU build of torch",
+    ),
+    (
+        r"undefined symbol",
+        "torch_npu does not fit this torch or this CANN",
+        "Install a recommended pair: eval/env_check.py names it",
+    ),
+    (
+        r"No module named 'torch_npu\._C'|cannot import name '_C'|compiled for Python|PyInit__C",
+        "this torch_npu is built for another Python",
+        "Install the wheel for this Python: eval/env_check.py names it",
+    ),
+    (
+        r"HwHiAiUser|(?i:permission denied)[^\n]*davinci|davinci[^\n]*(?i:permission denied)",
+        "this user may not open the device",
+        "Join the driver's group and log in anew: sudo usermod -aG HwHiAiUser $USER",
+    ),
+    (
+        r"(?i)driver[^\n]*(?:too old|not match|mismatch|incompatible)|version[^\n]*driver[^\n]*(?:low|old)",
+        "the driver is too old for this CANN",
+        "Update driver and firmware: npu-smi info names the driver, CANN's release notes what it needs",
+    ),
+    (
+        r"\b500001\b",
+        "CANN's compiler cannot start",
+        "Check numpy<2, decorator, attrs, psutil, scipy, protobuf, sympy, cffi; the log is below ~/ascend/log",
+    ),
+    (
+        r"\b107001\b",
+        "CANN knows no device of this number",
+        "Numbers count from 0 within ASCEND_RT_VISIBLE_DEVICES; npu-smi info lists the devices",
+    ),
+    (
+        r"\b207004\b",
+        "CANN finds no device",
+        "Check npu-smi info, and that the container was given /dev/davinci*, davinci_manager, devmm_svm and hisi_hdc",
+    ),
+    (
+        r"\b507033\b",
+        "CANN cannot start the device",
+        "Check npu-smi info for a device in alarm or in use, and that driver and CANN fit; the log is below ~/ascend/log",
+    ),
+    (
+        r"\b507899\b",
+        "the driver reports an error of its own",
+        "Check npu-smi info, that driver and CANN fit, and that a container has davinci_manager, devmm_svm and hisi_hdc",
+    ),
+)
+
+
+STAND_IN = "stand-in for CANN"  # tests/cann: what runs on it computes on the CPU, and is no evidence for an NPU
+
+
+def is_stand_in() -> bool:
+    """Whether torch_npu runs over the stand-in for CANN, which exports a symbol that CANN has not."""
+    with suppress(OSError):
+        return hasattr(ctypes.CDLL("libascendcl.so"), "standin_for_cann")
+    return False
+
+
+def explain_npu(error: BaseException, otherwise: str) -> Blocked:
+    """What an error of torch_npu or CANN means, and what to do about it, as far as that is known."""
+    for pattern, reason, what_to_do in NPU_ERRORS:
+        if found := re.search(pattern, str(error)):
+            return Blocked(f"{reason} ({first_line(error)})", what_to_do.format(*found.groups()))
+    return Blocked(
+        f"{otherwise} ({first_line(error)})", "What that means is not known here; CANN's own log is below ~/ascend/log"
+    )
+
+
+# --- a device in use: precision, memory, time ------------------------------------------------------------------------
 
 
 def set_float32_precision(kind: str, convolutions: bool, products: bool) -> None:
@@ -348,6 +378,68 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+# What torch_npu raises, once, when a launch in its queue has failed. After it every operator is dropped in silence.
+QUEUE_FAILED = re.compile(r"Inner error (?:is reported as above|happened)")
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether an error, or one that it hides, says that the device's queue has failed."""
+    while error is not None:
+        if isinstance(error, DeviceLost) or QUEUE_FAILED.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def raise_if_lost(error: BaseException) -> None:
+    """Raises DeviceLost for such an error: no retry then, no fallback, no next point."""
+    if isinstance(error, DeviceLost):
+        raise error
+    if is_lost(error):
+        raise DeviceLost(what_lost_means(failed_operator(error))) from error
+
+
+def failed_operator(error: BaseException) -> str:
+    """What torch_npu says was at work when its queue failed, which need not be the operator that was called."""
+    found = re.search(r"current working operator name is (\w+)", "".join(traceback.format_exception(error)))
+    return found[1] if found else "an operator"
+
+
+def what_lost_means(operator: str = "an operator") -> str:
+    """A line for the user: what happened, what it means, what to do."""
+    told = f"{operator} failed on the device, after which torch_npu computes nothing more"
+    if os.environ.get("TASK_QUEUE_ENABLE") == "2":
+        told += "; with TASK_QUEUE_ENABLE=2 that may be for lack of memory: use a smaller --batch_size, or TASK_QUEUE_ENABLE=1"
+    return f"{told}; run the same command again, and if it fails again with ASCEND_LAUNCH_BLOCKING=1 to see where"
+
+
+def require_computing(device: Device) -> None:
+    """Raises DeviceLost unless the device computes: what was computed before this is no garbage then, either."""
+    number = float(np.random.default_rng().integers(1 << 20))
+    if (torch.tensor([number]).to(device.torch_device) + 1).cpu().item() != number + 1:
+        synchronize(device)  # raises what torch_npu has kept to itself, if anything
+        raise DeviceLost(what_lost_means())
+
+
+def halved(batch_size: int, device: Device) -> int:
+    """Half a batch that did not fit into memory, whose reserve is given back. Raises UsageError for a batch of one."""
+    if device.kind != "cpu":
+        torch.get_device_module(device.torch_device).empty_cache()
+    if batch_size <= 1:
+        raise UsageError(f"out of memory on {device.torch_device} with a single image: use --dtype float16, or free the device")
+    log.warning(f"Out of memory on {device.torch_device} with batch size {batch_size}: going on with {batch_size // 2}")
+    return batch_size // 2
+
+
+def too_little_memory(device: Device) -> UsageError:
+    return UsageError(f"{device.torch_device} has too little memory for the model; try --dtype float16")
+
+
+def default_batch_size(kind: str) -> int:
+    """Large enough to keep a device of this kind busy, small enough for any of them; larger gains little."""
+    return 8 if kind == "cpu" else 64
+
+
 def synchronize(device: Device) -> None:
     """Wait until the device has finished all that was queued on it (at once on the CPU)."""
     torch.get_device_module(device.torch_device).synchronize()
@@ -362,7 +454,12 @@ def time_once(device: Device, run: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A device's tensor on the host; half precision becomes float32."""
+    return tensor.cpu().to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
+
+
+# --- the model and its weights ---------------------------------------------------------------------------------------
 
 
 class Card(NamedTuple):
@@ -418,7 +515,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A ViT in eval mode on its device. `pooler` is "trained", "untrained", "missing" (then seeded here) or "none"."""
+    """A ViT in eval mode on its device. `pooler` is "trained", "untrained", "missing" (then seeded here) or "none".
+
+    `lean`: another way to compute what the module computes, by `levers` (bulk/levers.py).
+    """
 
     module: torch.nn.Module
     device: Device
@@ -429,7 +529,8 @@ class LoadedModel:
     missing_keys: list[str]
     pooler: str
     name: str
-    levers: tuple[str, ...]
+    levers: tuple[str, ...] = ()
+    lean: Any = None
 
     @property
     def dtype_name(self) -> str:
@@ -448,98 +549,73 @@ class LoadedModel:
         return f"{name} ({note})" if note else name
 
 
-@dataclass
-class _Checkpoint:
-    """What was read of a checkpoint before any model is built; the tensors go by the hub's names."""
-
-    model_class: Any
-    config: Any
-    state_dict: dict[str, torch.Tensor]
-    files: list[Path]
-    preprocess: Preprocess
-
-
 def load_model(
     device: Device,
     model_path: str = DEFAULT_MODEL_PATH,
     dtype: str = "float32",
     image_size: int | None = None,
     resize: str = "crop",
+    decode: str = "exact",
     random_weights: bool = False,
     trust_remote_code: bool = False,
     allow_unlocked: bool = False,
-    levers: Sequence[str] = LEVERS,
     exact_gelu: bool = True,
 ) -> LoadedModel:
     """Load a ViT through transformers and put it on `device` in eval mode.
 
-    model_path: a folder in transformers' layout, a hub id, or Meta's native .pth (a state dict in timm's names). dtype: one of
-    DTYPES. image_size: side of the square input in pixels, a multiple of the patch size; None takes the checkpoint's own.
-    resize: a key of RESIZES. levers: those of LEVERS to use where the device has them; () leaves transformers' forward pass as
-    it is. exact_gelu=False leaves torch_npu's tanh GELU. Raises UsageError for anything that cannot be loaded whole, and for
-    files whose hash is not the one that locked_models.md records.
+    model_path: a folder in transformers' layout, or a hub id. dtype: one of DTYPES. image_size: side of the square input in
+    pixels, a multiple of the patch size; None takes the checkpoint's own. resize: one of RESIZES; decode: of DECODES.
+    exact_gelu=False leaves torch_npu's tanh GELU. Raises UsageError for anything that cannot be loaded whole, and for files
+    whose hash is not the one that locked_models.md records.
     """
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    import_transformers(device.kind)
     wanted, missing = getattr(torch, dtype), []
     if random_weights:
         module, weights, preprocess = _random_model(wanted), Weights("random", seed=SEED), Preprocess()
         name = identify(module.config)
     else:
-        location = find_weights(model_path)
-        checkpoint = (_read_native if location.is_file() else _read_folder)(location, wanted, trust_remote_code)
+        checkpoint = _read_folder(find_weights(model_path), wanted, trust_remote_code)
         hashes = sha256_in_background(checkpoint.files)
         module, missing = _build(checkpoint, wanted, model_path)
         preprocess, name = checkpoint.preprocess, identify(module.config)
         weights = Weights("checkpoint", model_path, files=hashes, note="looks untrained" if _looks_untrained(module) else None)
         check_lock(name, weights, allow_unlocked)
     pooler = _settle_pooler(module, missing)
-    preprocess = preprocess.resized(image_size, resize)
+    preprocess = preprocess.resized(image_size, resize, decode)
     _resize_position_embeddings(module, preprocess.image_size)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     module = module.eval().requires_grad_(False)
     try:
-        used = apply_levers(module, device, preprocess, levers, exact_gelu)
+        if device.kind == "npu" and exact_gelu:
+            put_exact_gelu(module)
         module = module.to(device.torch_device)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise UsageError(f"{device.torch_device} has too little memory for the model; try --dtype float16") from error
-    return LoadedModel(module, device, wanted, preprocess, weights, parameters, missing, pooler, name, used)
+        raise too_little_memory(device) from error
+    return LoadedModel(module, device, wanted, preprocess, weights, parameters, missing, pooler, name)
 
 
-def _build(checkpoint: _Checkpoint, dtype: torch.dtype, label: str) -> tuple[torch.nn.Module, list[str]]:
-    """Let transformers build the model around the tensors: no initialisation, no copy, its own renaming of old keys.
+def load_as_asked(args: argparse.Namespace, device: Device, **changes: Any) -> LoadedModel:
+    """load_model with the flags of add_model_arguments; `changes` are arguments of load_model that differ from them."""
+    names = ("model_path", "dtype", "image_size", "resize", "decode", "random_weights", "trust_remote_code", "allow_unlocked")
+    asked = {name: getattr(args, name) for name in names}
+    return load_model(device, **asked | changes)
 
-    Returns the model and the keys that were missing: none, or those of the pooler. Any other difference is a UsageError.
-    """
-    try:
-        module, info = checkpoint.model_class.from_pretrained(
-            None,
-            config=checkpoint.config,
-            state_dict=checkpoint.state_dict,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below by name, where transformers would raise without
-        )
-    except Exception as error:
-        raise UsageError(f"checkpoint {label}: transformers cannot build the model: {first_line(error)}") from error
-    for kind, verb in (("missing", "lacks"), ("unexpected", "has unexpected"), ("mismatched", "has the wrong shape for")):
-        names = sorted(key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"])
-        if names and (kind, names) != ("missing", POOLER_KEYS):
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UsageError(f"checkpoint {label}: it {verb} {', '.join(names[:3])}{more}; nothing was loaded")
-    return module, sorted(info["missing_keys"])
+
+# --- a checkpoint: where it is, and whether it is the right one ------------------------------------------------------
 
 
 def find_weights(model_path: str) -> Path:
-    """Local folder or file of `model_path`, downloaded where it is a hub id. Raises UsageError if there is none."""
+    """Local folder of `model_path`, downloaded where it is a hub id. Raises UsageError if there is none."""
     is_default = model_path.rstrip("/") == DEFAULT_MODEL_PATH
     path = ROOT / model_path if is_default else Path(model_path).expanduser()
-    if os.path.isdir(path) or os.path.isfile(path):
+    if os.path.isdir(path):
         return path
+    if os.path.isfile(path):
+        convert = f"python weights/convert_native.py {shlex.quote(model_path)} {DEFAULT_MODEL_PATH}"
+        what = f"convert Meta's native file once ({convert})" if path.suffix == ".pth" else "name its folder"
+        raise UsageError(f"--model_path {model_path}: a file, where a folder in transformers' layout is wanted; {what}")
     if is_default:
         return _download(HUB_ID, f"there are no weights at {DEFAULT_MODEL_PATH}, and ")
     if re.fullmatch(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}", model_path) and not any(
@@ -569,32 +645,139 @@ def _download(hub_id: str, context: str) -> Path:
         raise UsageError(
             f"{context}{hub_id} could not be downloaded from {endpoint} ({first_line(error)}). Ways to get the weights: "
             f"(1) set HF_ENDPOINT to a mirror and run again; (2) put the files of {HUB_ID} from the hub, GitCode or "
-            f"ModelScope into {DEFAULT_MODEL_PATH} (see weights/README.md); (3) --model_path FILE.pth with Meta's native "
+            f"ModelScope into {DEFAULT_MODEL_PATH} (see weights/README.md); (3) weights/convert_native.py with Meta's native "
             "file. To try everything without the weights: --random_weights"
         ) from error
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object. Raises UsageError naming the file where it is anything else."""
+def sha256_in_background(files: Sequence[Path]) -> dict[str, Future]:
+    """Start hashing; each future gives a file's SHA-256 in hex."""
+    pool = ThreadPoolExecutor(1)
+    futures = {path.name: pool.submit(sha256, path) for path in files}
+    pool.shutdown(wait=False)
+    return futures
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_locks(path: Path = ROOT / "locked_models.md") -> dict[tuple[str, str], str]:
+    """SHA-256 by model id and file name: the rows `| model | file | bytes | sha256 |` of locked_models.md that record one."""
+    if not path.is_file():
+        return {}
+    row = r"^\| *`([^`|]+)` *\| *`([^`|]+)` *\|[^|]*\| *`([0-9a-f]{64})` *\|"
+    return {(model, name): digest for model, name, digest in re.findall(row, path.read_text(encoding="utf-8"), re.MULTILINE)}
+
+
+def check_lock(model: str, weights: Weights, allow_unlocked: bool) -> None:
+    """Raises UsageError if a file's hash is not the one that locked_models.md records; waits only where it records one."""
+    locks = read_locks()
+    for name, digest in weights.files.items():
+        locked = locks.get((model, name))
+        if locked is not None and locked != digest.result():
+            message = f"{name}: its sha256 is not the one recorded in locked_models.md for {model} ({locked[:12]}...)"
+            if not allow_unlocked:
+                raise UsageError(f"{message}; nothing was computed. Fetch the file again, or use --allow_unlocked")
+            log.warning(f"{message}; accepted by --allow_unlocked")
+
+
+# --- transformers, whatever lies beside it ---------------------------------------------------------------------------
+
+NEEDED = ("transformers", "torch", "numpy", "PIL", "huggingface_hub", "safetensors", "tokenizers")
+
+
+def import_transformers(kind: str) -> None:
+    """Import what the loader needs of transformers, for a kind of device.
+
+    It imports whatever it finds, such as a torch_npu without CANN, or a torchvision that is not for this torch, and fails with
+    it. What is not needed is hidden from it, with a warning. Raises UsageError naming a package that is needed and is broken,
+    ModuleNotFoundError for one that is not there.
+    """
+    hidden = {"torch_npu"} if kind != "npu" and "torch_npu" not in sys.modules else set()
+    while True:
+        try:
+            with _hiding(hidden):
+                import transformers
+                from transformers import AutoImageProcessor, ViTModel  # noqa: F401
+            break
+        except Exception as error:
+            while under := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+                error = under
+            if isinstance(error, ModuleNotFoundError) and error.name in NEEDED:
+                raise error
+            files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+            names = re.findall(r"/(?:site|dist)-packages/(\w+)", "\n".join(files)) or ["transformers"]
+            name = next((name for name in reversed(names) if name != "torch"), "torch")
+            told = f"{_with_version(name)} cannot be imported beside torch {torch.__version__} ({first_line(error)})"
+            if name in (*NEEDED, *hidden):
+                log.info("".join(traceback.format_exception(error)).strip())
+                raise UsageError(f"{told}; install what goes together: pip install -r requirements.txt") from error
+            log.warning(f"{told}: going on without it")
+            hidden.add(name)
+            for module in [module for module in sys.modules if module.partition(".")[0] == "transformers"]:
+                del sys.modules[module]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def _hiding(names: set[str]) -> Iterator[None]:
+    """Let packages look as if they were not installed, and leave no trace of it."""
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.modules.update(dict.fromkeys(names))
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {what} cannot be read ({first_line(error)})") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{path}: {what} is not a JSON object")
-    return data
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def _with_version(name: str) -> str:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        distribution = importlib.metadata.packages_distributions().get(name, [name])[0]
+        return f"{name} {importlib.metadata.version(distribution)}"
+    return name
+
+
+# --- a checkpoint: what is in it -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Checkpoint:
+    """What was read of a checkpoint before any model is built; the tensors go by the hub's names."""
+
+    model_class: Any
+    config: Any
+    state_dict: dict[str, torch.Tensor]
+    files: list[Path]
+    preprocess: Preprocess
+
+
+POOLER_KEYS = ["pooler.dense.bias", "pooler.dense.weight"]
+
+
+def read_description(location: Path, trust_remote_code: bool) -> tuple[Any, Any, Preprocess]:
+    """Class and configuration of a checkpoint's model, and its pre-processing: all but the weights."""
+    if not (location / "config.json").is_file():
+        raise UsageError(f"--model_path {location}: no config.json in it; a folder in transformers' layout is wanted")
+    model_class, config = _read_config(location, trust_remote_code)
+    return model_class, config, read_preprocess(location, config.image_size, trust_remote_code)
 
 
 def _read_folder(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> _Checkpoint:
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"--model_path {folder}: no config.json in it; a folder in transformers' layout is wanted")
-    model_class, config = _read_config(folder, trust_remote_code)
+    model_class, config, preprocess = read_description(folder, trust_remote_code)
     files = _safetensors_files(folder)
     state_dict: dict[str, torch.Tensor] = {}
     for file in files:
         state_dict |= _read_safetensors(file, dtype)
-    described = [folder / name for name in ("config.json", "preprocessor_config.json") if (folder / name).is_file()]
-    return _Checkpoint(model_class, config, state_dict, described + files, read_preprocess(folder, config.image_size))
+    described = [folder / name for name in ("config.json", *PREPROCESS_FILES) if (folder / name).is_file()]
+    return _Checkpoint(model_class, config, state_dict, described + files, preprocess)
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -625,6 +808,17 @@ def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     raise UsageError(f"{path}: model_type is {fields.get('model_type')!r}, and this bundle runs 'vit'{hint}")
 
 
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object. Raises UsageError naming the file where it is anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {what} cannot be read ({first_line(error)})") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: {what} is not a JSON object")
+    return data
+
+
 def _safetensors_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
@@ -635,14 +829,10 @@ def _safetensors_files(folder: Path) -> list[Path]:
         names = sorted(set(weight_map.values()))
     for name in names:
         if not (folder / name).is_file():
-            raise UsageError(f"{folder}: {name} is missing; only safetensors files (or Meta's native .pth) are read")
+            raise UsageError(
+                f"{folder}: {name} is missing; only safetensors files are read (for Meta's .pth: weights/convert_native.py)"
+            )
     return [folder / name for name in names]
-
-
-def _in_dtype(path: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if not tensor.is_floating_point():
-        raise UsageError(f"{path}: {name} holds {str(tensor.dtype).removeprefix('torch.')} values, not floating-point weights")
-    return tensor.to(dtype)
 
 
 def _read_safetensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -661,10 +851,17 @@ def _read_safetensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]
         # Opened anew for each tensor, so that the pages of the file do not stay in memory beside a converted copy.
         return {name: read(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{path}: {_damage(path)} ({first_line(error)}); fetch the file again") from error
+        raise UsageError(f"{path}: {damage_of(path)} ({first_line(error)}); fetch the file again") from error
 
 
-def _damage(path: Path) -> str:
+def _in_dtype(path: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        raise UsageError(f"{path}: {name} holds {str(tensor.dtype).removeprefix('torch.')} values, not floating-point weights")
+    return tensor.to(dtype)
+
+
+def damage_of(path: Path) -> str:
+    """What a file of weights that cannot be read looks like."""
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
@@ -672,93 +869,31 @@ def _damage(path: Path) -> str:
     return "empty" if not start else "truncated or damaged"
 
 
-def _read_native(path: Path, dtype: torch.dtype, _trust_remote_code: bool) -> _Checkpoint:
-    """Meta's .pth: a plain state dict in timm's names, without a pooler; or a training checkpoint that holds one as "model"."""
-    from transformers import ViTConfig, ViTModel
+def _build(checkpoint: _Checkpoint, dtype: torch.dtype, label: str) -> tuple[torch.nn.Module, list[str]]:
+    """Let transformers build the model around the tensors: no initialisation, no copy, its own renaming of old keys.
 
-    try:
-        zipped = zipfile.is_zipfile(path)
-        if zipped:
-            with zipfile.ZipFile(path) as archive:
-                if any(entry.compress_type for entry in archive.infolist()):
-                    raise ValueError("a compressed archive, which torch.save never writes")
-        # Mapped where nothing is converted; else read whole, so that converting can let go of one tensor after another.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and dtype == torch.float32)
-    except Exception as error:
-        raise UsageError(f"{path}: {_damage(path)}, or not a plain state dict ({first_line(error)})") from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        log.info(f"{path}: a training checkpoint; its 'model' is loaded")
-        state = state["model"]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UsageError(f"{path}: not a plain state dict of tensors; Meta's native .pth is wanted")
-    decoder = [name for name in state if name.startswith("decoder_") or name == "mask_token"]
-    if decoder:
-        log.info(f"{path}: {len(decoder)} tensors of the decoder of MAE pre-training (mask_token, decoder_*) are left out")
-    state = {name: state[name] for name in state if name not in decoder}
-    try:
-        config = ViTConfig(**_native_config(path, state))
-    except (KeyError, IndexError) as error:
-        raise UsageError(f"{path}: not a ViT in timm's layout: {error} is missing") from error
-    for name in list(state):
-        state[name] = _in_dtype(path, name, state.pop(name), dtype)
-    return _Checkpoint(ViTModel, config, map_native_names(state), [path], read_preprocess(path.parent, config.image_size))
-
-
-def _native_config(path: Path, state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Dimensions of a state dict. The number of heads is not in it: a wrong one gives wrong features without any error."""
-    width = state["cls_token"].shape[-1]
-    patch_size = state["patch_embed.proj.weight"].shape[-1]
-    heads = {card.width: card.heads for card in CARDS}.get(width)
-    beside = path.with_name("config.json")
-    if beside.is_file():
-        heads = read_json(beside, "the model's configuration").get("num_attention_heads", heads)
-    if not isinstance(heads, int) or heads < 1 or width % heads:
-        raise UsageError(
-            f"{path}: {width} wide is none of the Web-SSL MAE encoders ({', '.join(str(card.width) for card in CARDS)}), "
-            'and the number of heads is not in the file; put a config.json with {"num_attention_heads": N} beside it'
-        )
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": sum(name.endswith(".attn.qkv.weight") for name in state),
-        "num_attention_heads": heads,
-        "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0],
-        "image_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size,
-        "patch_size": patch_size,
-        "layer_norm_eps": LAYER_NORM_EPS,
-    }
-
-
-POOLER_KEYS = ["pooler.dense.bias", "pooler.dense.weight"]
-NATIVE_NAMES = (
-    (r"^cls_token$", "embeddings.cls_token"),
-    (r"^pos_embed$", "embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-    (r"^norm\.", "layernorm."),
-    (r"^blocks\.", "encoder.layer."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.attn\.qkv\.", ".attention.attention.qkv."),
-    (r"\.attn\.proj\.", ".attention.output.dense."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
-)
-
-
-def map_native_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename a timm ViT state dict to the hub's names; `attn.qkv` holds query, key and value stacked in that order.
-
-    Names that are not known are kept, so that the loader reports them as unexpected.
+    Returns the model and the keys that were missing: none, or those of the pooler. Any other difference is a UsageError.
     """
-    mapped = {}
-    for name, tensor in state.items():
-        for native, hub in NATIVE_NAMES:
-            name = re.sub(native, hub, name)
-        if ".qkv." in name:
-            parts = zip(("query", "key", "value"), tensor.chunk(3))
-            mapped |= {name.replace("qkv", part): chunk for part, chunk in parts}
-        else:
-            mapped[name] = tensor
-    return mapped
+    try:
+        module, info = checkpoint.model_class.from_pretrained(
+            None,
+            config=checkpoint.config,
+            state_dict=checkpoint.state_dict,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below by name, where transformers would raise without
+        )
+    except Exception as error:
+        raise UsageError(f"checkpoint {label}: transformers cannot build the model: {first_line(error)}") from error
+    for kind, verb in (("missing", "lacks"), ("unexpected", "has unexpected"), ("mismatched", "has the wrong shape for")):
+        names = sorted(key if isinstance(key, str) else key[0] for key in info[f"{kind}_keys"])
+        if names and (kind, names) != ("missing", POOLER_KEYS):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UsageError(f"checkpoint {label}: it {verb} {', '.join(names[:3])}{more}; nothing was loaded")
+    return module, sorted(info["missing_keys"])
+
+
+# --- random weights, the pooler, other input sizes -------------------------------------------------------------------
 
 
 def _random_model(dtype: torch.dtype) -> torch.nn.Module:
@@ -770,7 +905,7 @@ def _random_model(dtype: torch.dtype) -> torch.nn.Module:
 
     _, width, layers, heads, patch_size = CARDS[0]
     shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * width}
-    config = ViTConfig(**shape, image_size=224, patch_size=patch_size, layer_norm_eps=LAYER_NORM_EPS)
+    config = ViTConfig(**shape, image_size=224, patch_size=patch_size, layer_norm_eps=1e-6)
     with torch.device("meta"):
         module = ViTModel(config)
     module = module.to(dtype).to_empty(device="cpu")
@@ -840,52 +975,19 @@ def _resize_position_embeddings(module: torch.nn.Module, image_size: int) -> Non
         part.image_size = (image_size, image_size)
 
 
-def sha256_in_background(files: Sequence[Path]) -> dict[str, Future]:
-    """Start hashing; each future gives a file's SHA-256 in hex."""
-    pool = ThreadPoolExecutor(1)
-    futures = {path.name: pool.submit(sha256, path) for path in files}
-    pool.shutdown(wait=False)
-    return futures
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def read_locks(path: Path = ROOT / "locked_models.md") -> dict[tuple[str, str], str]:
-    """SHA-256 by model id and file name: the rows `| model | file | bytes | sha256 |` of locked_models.md that record one."""
-    if not path.is_file():
-        return {}
-    row = r"^\| *`([^`|]+)` *\| *`([^`|]+)` *\|[^|]*\| *`([0-9a-f]{64})` *\|"
-    return {(model, name): digest for model, name, digest in re.findall(row, path.read_text(encoding="utf-8"), re.MULTILINE)}
-
-
-def check_lock(model: str, weights: Weights, allow_unlocked: bool) -> None:
-    """Raises UsageError if a file's hash is not the one that locked_models.md records; waits only where it records one."""
-    locks = read_locks()
-    for name, digest in weights.files.items():
-        locked = locks.get((model, name))
-        if locked is not None and locked != digest.result():
-            message = f"{name}: its sha256 is not the one recorded in locked_models.md for {model} ({locked[:12]}...)"
-            if not allow_unlocked:
-                raise UsageError(f"{message}; nothing was computed. Fetch the file again, or use --allow_unlocked")
-            log.warning(f"{message}; accepted by --allow_unlocked")
-
-
-# --- images ----------------------------------------------------------------------------------------------------------
+# --- pre-processing --------------------------------------------------------------------------------------------------
 
 RESIZES = ("crop", "squash", "256")
+DECODES = ("exact", "fast")
+FAST_FILTERS = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
 
 
 @dataclass(frozen=True)
 class Preprocess:
     """Resize, centre crop to a square, scale, normalise. The defaults are the official demo's (facebookresearch/webssl).
 
-    resize: length of the short edge, or (height, width). resample: Pillow's number of the filter.
+    resize: length of the short edge, or (height, width). resample: Pillow's number of the filter. decode: "exact" gives the
+    pixels of transformers' PIL processor; "fast" resizes by torch and decodes a JPEG at a smaller scale: see crop_uint8.
     """
 
     resize: int | tuple[int, int] = 224
@@ -894,8 +996,14 @@ class Preprocess:
     rescale_factor: float = 1 / 255
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    decode: str = "exact"
 
-    def resized(self, image_size: int | None = None, resize: str = "crop") -> Preprocess:
+    @property
+    def least_edge(self) -> int | None:
+        """How short the short edge of a decoded photo may be: twice what it is resized to; None for as it is."""
+        return None if self.decode == "exact" else 2 * (self.resize if isinstance(self.resize, int) else max(self.resize))
+
+    def resized(self, image_size: int | None = None, resize: str = "crop", decode: str = "exact") -> Preprocess:
         """The same for another input size in pixels, in the same proportion; resize is one of RESIZES, the official three.
 
         "crop" keeps the checkpoint's own rule, "squash" resizes both edges without a crop, "256" the short edge to 256 of 224.
@@ -910,178 +1018,195 @@ class Preprocess:
             edges = round(self.resize * scale)
         else:
             edges = (round(self.resize[0] * scale), round(self.resize[1] * scale))
-        return dataclasses.replace(self, resize=edges, image_size=size)
+        if decode == "fast" and self.resample not in FAST_FILTERS:
+            raise UsageError(f"--decode fast: not for this checkpoint's filter ({Image.Resampling(self.resample).name})")
+        return dataclasses.replace(self, resize=edges, image_size=size, decode=decode)
 
 
-# transformers' processors whose fields are understood, and what each assumes of a field that its file leaves out.
-IMAGE_PROCESSORS = {"BitImageProcessor": {}, "CLIPImageProcessor": {}, "ViTImageProcessor": {"do_center_crop": False}}
+PREPROCESS_FILES = ("preprocessor_config.json", "processor_config.json")
+
+UNDERSTOOD = {
+    *("size", "crop_size", "do_center_crop", "do_resize", "do_rescale", "do_normalize", "do_convert_rgb"),
+    *("resample", "rescale_factor", "image_mean", "image_std", "image_processor_type", "_processor_class"),
+}
 
 
-def read_preprocess(folder: Path, image_size: int) -> Preprocess:
-    """What preprocessor_config.json says, or the defaults for `image_size` where there is none.
+def read_preprocess(folder: Path, image_size: int, trust_remote_code: bool = False) -> Preprocess:
+    """What transformers' own image processor reads in `folder`; the defaults for `image_size` where it has no file to read.
 
-    Raises UsageError naming the first field that is missing, unknown, or asks for what is not supported.
+    crop_uint8 and normalize then give what that processor gives. Raises UsageError naming what does not fit.
     """
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return Preprocess().resized(image_size)
-    fields = {name: value for name, value in read_json(path, "the pre-processing").items() if value is not None}
+    found = [name for name in PREPROCESS_FILES if (folder / name).is_file()]
+    if not found:
+        preprocess = Preprocess().resized(image_size)
+        log.warning(f"{folder} has no {PREPROCESS_FILES[0]}: the official demo's pre-processing is taken, {preprocess}")
+        return preprocess
+    where = " and ".join(str(folder / name) for name in found)
+    processor = _image_processor(folder, where, trust_remote_code)
 
-    def take(name: str, convert: Callable[[Any], Any]) -> Any:
-        if name not in fields:
-            raise UsageError(f"{path}: field {name!r} is missing")
-        value = fields.pop(name)
-        try:
-            return convert(value)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{path}: {name} is {value!r}, which is not supported") from error
+    def of(name: str) -> Any:
+        return getattr(processor, name, None)
 
-    assumed = take("image_processor_type", lambda kind: IMAGE_PROCESSORS[kind.removesuffix("Fast")])
-    fields = {"do_convert_rgb": True, **assumed, **fields}
-    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-        take(name, _require_true)
-    resize = take("size", _edges)
-    if take("do_center_crop", bool):
-        crop = take("crop_size", lambda value: _square(_edges(value), resize))
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if not of(name):
+            raise UsageError(f"{where}: {name} is {of(name)}, which is not supported")
+    edges, crop = dict(of("size") or {}), dict(of("crop_size") or {})
+    final = crop if of("do_center_crop") else edges
+    if not final.get("height") or final["height"] != final.get("width"):
+        raise UsageError(f"{where}: size {edges} and crop_size {crop} do not give a square, which is not supported")
+    resize = edges.get("shortest_edge") or (edges.get("height"), edges.get("width"))
+    numbers = {name: of(name) for name in ("resample", "rescale_factor", "image_mean", "image_std")}
+    try:
+        resample, factor = int(numbers["resample"]), float(numbers["rescale_factor"])
+        colours = [tuple(map(float, numbers[name])) for name in ("image_mean", "image_std")]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{where}: not numbers as they should be: {numbers}") from error
+    preprocess = Preprocess(resize, final["height"], resample, factor, *colours)
+    _prove_preprocess(preprocess, processor, where)
+    return preprocess
+
+
+def _image_processor(folder: Path, where: str, trust_remote_code: bool) -> Any:
+    """transformers' image processor with the PIL back end, which is the reference and needs no torchvision."""
+    import transformers
+
+    pil = {"use_fast": False} if transformers.__version__.startswith("4.") else {"backend": "pil"}
+    asked = pil | {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(folder, **asked)
+    except Exception as error:
+        raise UsageError(f"{where}: transformers cannot read the pre-processing ({first_line(error)})") from error
+
+
+def _prove_preprocess(preprocess: Preprocess, processor: Any, where: str) -> None:
+    """Compare with the processor on noise with odd edges. Raises UsageError naming the fields that may differ."""
+    try:
+        height, width = preprocess.image_size // 2 + 13, preprocess.image_size + 31
+        noise = Image.fromarray(np.random.default_rng(SEED).integers(0, 256, (height | 1, width | 1, 3), np.uint8))
+        theirs = processor(noise, return_tensors="np")["pixel_values"]
+        ours = normalize(torch.tensor(crop_uint8(noise, preprocess))[None], preprocess).numpy()
+        difference = np.abs(ours - theirs).max() if ours.shape == theirs.shape else f"{theirs.shape} for {ours.shape}"
+    except Exception as error:
+        raise UsageError(f"{where}: cannot be used ({first_line(error)})") from error
+    if isinstance(difference, str) or not difference < 1e-5:
+        fields = sorted(set(processor.to_dict()) - UNDERSTOOD) or ["image_processor_type", "size"]
+        told = ", ".join(f"{name}={getattr(processor, name, None)}" for name in fields)
+        raise UsageError(f"{where}: {type(processor).__name__} gives other pixels than this bundle ({difference}): {told}")
+
+
+def crop_uint8(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """Resize and centre crop an image to uint8 [image_size, image_size, 3].
+
+    "exact": bit for bit as transformers' PIL processor does. "fast": as its torchvision processors do, off by a grey level in
+    less than one value of a hundred, seldom by two.
+    """
+    width, height = image.size
+    size, resample = preprocess.image_size, preprocess.resample
+    if isinstance(preprocess.resize, int):
+        short, long = preprocess.resize, int(preprocess.resize * max(width, height) / min(width, height))
+        new_width, new_height = (short, long) if width <= height else (long, short)
     else:
-        crop = resize[0] if isinstance(resize, tuple) and resize[0] == resize[1] else 0
-        fields.pop("crop_size", None)
-    if not crop:
-        raise UsageError(f"{path}: size without do_center_crop does not give a square, which is not supported")
-    colours = {name: take(f"image_{name}", _colour) for name in ("mean", "std")}
-    resample, factor = take("resample", lambda value: int(Image.Resampling(value))), take("rescale_factor", float)
-    if fields:
-        raise UsageError(f"{path}: field {sorted(fields)[0]!r} is not known to this bundle; remove it if it changes nothing")
-    return Preprocess(resize, crop, resample, factor, **colours)
+        new_height, new_width = preprocess.resize
+    left, top = (new_width - size) // 2, (new_height - size) // 2
+    if max(new_width, new_height) > 100 * size:
+        # A strip, which would fill gigabytes once resized: resize the crop's part of it alone. Pillow keeps the box in
+        # float32, so that a value may be off by a grey level or two.
+        scale_x, scale_y = width / new_width, height / new_height
+        box = (left * scale_x, top * scale_y, min((left + size) * scale_x, width), min((top + size) * scale_y, height))
+        image = image.resize((size, size), resample, box=box)
+    elif preprocess.decode == "fast":
+        pixels = torch.from_numpy(np.array(image)).view(height, width, -1).permute(2, 0, 1)[None]
+        way = {"mode": FAST_FILTERS[resample], "antialias": True}
+        pixels = torch.nn.functional.interpolate(pixels, (new_height, new_width), **way)[
+            0, :, top : top + size, left : left + size
+        ]
+        return pixels.permute(1, 2, 0).expand(size, size, 3).numpy()
+    elif width > height and isinstance(preprocess.resize, int):
+        # Pillow resizes rows first, then columns: those that the crop drops need not take part in the second pass.
+        image = image.resize((new_width, height), resample).crop((left, 0, left + size, height))
+        image = image.resize((size, new_height), resample).crop((0, top, size, top + size))
+    else:
+        image = image.resize((new_width, new_height), resample).crop((left, top, left + size, top + size))
+    return np.asarray(image.convert("RGB"))
 
 
-def _edges(value: dict[str, int]) -> int | tuple[int, int]:
-    return int(value["shortest_edge"]) if value.keys() == {"shortest_edge"} else (int(value["height"]), int(value["width"]))
+@lru_cache
+def _mean_and_std(preprocess: Preprocess, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept on the device: a graph's capture cannot copy them there."""
+    mean, std = (torch.tensor(values, dtype=dtype).view(3, 1, 1).to(device) for values in (preprocess.mean, preprocess.std))
+    return mean, std
 
 
-def _require_true(value: Any) -> None:
-    if value is not True:
-        raise ValueError
+def normalize(crops: torch.Tensor, preprocess: Preprocess, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """uint8 crops [N, H, W, 3] on any device to pixel values [N, 3, H, W] of dtype, with transformers' own arithmetic."""
+    mean, std = _mean_and_std(preprocess, crops.device, dtype)
+    return (crops.permute(0, 3, 1, 2).to(dtype) * preprocess.rescale_factor - mean) / std
 
 
-def _square(crop: Any, resize: int | tuple[int, int]) -> int:
-    height, width = crop
-    if height != width or height > (resize if isinstance(resize, int) else min(resize)):
-        raise ValueError
-    return height
-
-
-def _colour(value: Sequence[float]) -> tuple[float, ...]:
-    red, green, blue = map(float, value)
-    return red, green, blue
-
-
-def walk_files(folder: str) -> Iterator[str]:
-    """Paths of all files below `folder` in a fixed order; a link back to where the walk has been is not followed."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    visited = set()
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        folders.sort()
-        yield from (os.path.join(parent, name) for name in sorted(files))
+# --- photos ----------------------------------------------------------------------------------------------------------
 
 
 def is_image_name(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
-
-
-def _matches(pattern: str) -> list[str]:
-    """What a pattern names; with ** by a walk, where glob.glob would list a file for each way through a circle of links."""
-    base, deep, rest = pattern.partition("**")
-    if "**" in rest:
-        raise UsageError(f"--image_path {pattern}: a pattern may have one ** at most")
-    roots = sorted(glob.glob(base)) if base else ["."]
-    if not deep or not rest.strip("/*"):
-        return roots
-    found = {os.path.normpath(path) for root in roots for path in walk_files(root)}
-    return sorted(path for path in found if PurePath(path).match(rest.strip("/")))
-
-
-def for_each_named(arguments: Sequence[str], take: Callable[[str], None]) -> None:
-    """Call take(path) for all that paths and glob patterns name, in a fixed order.
-
-    Raises UsageError where an argument names nothing, or where it cannot be read.
-    """
-    for argument in arguments:
-        try:
-            matches = [argument] if os.path.exists(argument) else _matches(argument)
-            for match in matches:
-                take(match)
-        except OSError as error:
-            raise UsageError(f"--image_path {argument}: cannot be read ({error})") from error
-        if not matches:
-            raise UsageError(f"--image_path {argument}: no such file or folder")
+    """Whether a name has the suffix of an image; the shadow that a Mac writes beside each file on other disks is none."""
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(path).startswith("._")
 
 
 def find_images(arguments: Sequence[str]) -> list[str]:
     """Paths of the images that files, globs and folders name, in a fixed order. Raises UsageError where one names nothing."""
     paths: list[str] = []
-
-    def take(path: str) -> None:
-        if path.lower().endswith((".txt", ".tar")):
-            raise UsageError(f"--image_path {path}: lists and tars are for embed.py, which takes --output FOLDER/")
-        paths.extend(filter(is_image_name, walk_files(path)) if os.path.isdir(path) else [path])
-
-    for_each_named(arguments, take)
+    for argument in arguments:
+        found = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
+        if "**" in argument and argument not in found:  # which names what is in a folder beside the folder
+            found = [path for path in found if not os.path.isdir(path)]
+        if not found:
+            raise UsageError(f"--image_path {argument}: no such file or folder")
+        for path in found:
+            if path.lower().endswith((".txt", ".tar")) and path == argument:
+                raise UsageError(f"--image_path {path}: lists and tars are for embed.py, which takes --output FOLDER/")
+            inside = sorted(map(str, Path(path).rglob("*"))) if os.path.isdir(path) else [path]
+            paths += inside if inside == [argument] else filter(is_image_name, inside)
     if not paths:
         raise UsageError(f"--image_path {' '.join(arguments)}: no images in it")
     return paths
 
 
-def read_bytes(path: str, offset: int = 0, size: int = -1) -> bytes:
-    """The bytes of a file, or of a stretch of it. Raises BadImage where the path itself is at fault, else Unreadable.
+def read_photo(photo: str | Path | Image.Image, least_edge: int | None = None) -> Image.Image:
+    """The decoded image of a path, or a PIL image made alike. Raises UsageError naming one that cannot be read."""
+    try:
+        if isinstance(photo, Image.Image):
+            return decode(photo)
+        mode = os.stat(photo).st_mode
+        if not stat.S_ISREG(mode):  # a pipe would be waited for
+            raise BadImage("a folder, not an image" if stat.S_ISDIR(mode) else "not a regular file")
+        return decode(Path(photo).read_bytes(), least_edge)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{photo}: {getattr(error, 'strerror', None) or error}") from error
+    except BadImage as error:
+        raise UsageError(f"{photo}: {error}") from error
 
-    A disk or network error is tried again twice; what is not there, or may not be read, is not.
-    """
-    for delay in (0.5, 2.0, None):
-        try:
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):
-                raise BadImage("a folder, not an image" if stat.S_ISDIR(status.st_mode) else "not a regular file")
-            size = status.st_size if size < 0 else size
-            if size > MAX_FILE_BYTES:
-                raise BadImage(f"{size:,} bytes, over the limit of {MAX_FILE_BYTES:,}")
-            with open(path, "rb") as file:
-                file.seek(offset)
-                data = file.read(size)
-            if len(data) != size:
-                raise OSError(errno.EIO, "the file is shorter than it was")
-            return data
-        except ValueError as error:  # a null byte in the path
-            raise BadImage(str(error)) from error
-        except OSError as error:
-            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTDIR):
-                raise BadImage(error.strerror) from error
-            if delay is None or isinstance(error, PermissionError):
-                raise Unreadable(f"{path}: {error.strerror}") from error
-            time.sleep(delay)
-    raise AssertionError("unreachable")
+
+def crops_of(photos: Sequence[str | Path | Image.Image], preprocess: Preprocess) -> torch.Tensor:
+    """uint8 crops [N, image_size, image_size, 3] of paths or PIL images. Raises UsageError naming one that cannot be read."""
+    return torch.from_numpy(np.stack([crop_uint8(read_photo(photo, preprocess.least_edge), preprocess) for photo in photos]))
 
 
 # EXIF orientation to what turns the picture upright (the numbers: TIFF 6.0, tag 274).
 UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))
 
 
-def decode(data: bytes | Image.Image) -> Image.Image:
-    """An image in RGB or L, upright (EXIF), its first frame if it is animated, from a file's bytes. Raises BadImage."""
+def decode(data: bytes | Image.Image, least_edge: int | None = None) -> Image.Image:
+    """An image in RGB or L, upright (EXIF), its first frame if it is animated, from a file's bytes. Raises BadImage.
+
+    least_edge: a JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that leaves its short edge so many pixels.
+    """
     if data == b"":
         raise BadImage("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large or untidy, but readable: not worth a line on the terminal for each image
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) if isinstance(data, bytes) else data
+            if least_edge:
+                image.draft(image.mode, tuple(edge * least_edge // min(image.size) for edge in image.size))
             image.load()
             orientation = None
             with suppress(Exception):  # damaged EXIF costs the orientation, not the photo
@@ -1091,9 +1216,23 @@ def decode(data: bytes | Image.Image) -> Image.Image:
     except BadImage:
         raise
     except UnidentifiedImageError as error:
-        raise BadImage(f"not an image that can be read ({', '.join(IMAGE_FORMATS)})") from error
+        raise BadImage(_tiff_bands(data) or f"not an image that can be read ({', '.join(IMAGE_FORMATS)})") from error
+    except Image.DecompressionBombError as error:
+        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6  # Pillow warns from the number on, and refuses twice of it
+        raise BadImage(f"more pixels than the limit of {limit:.0f} megapixels; --max_megapixels raises it") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _tiff_bands(data: Any) -> str | None:
+    """What is unusual about a TIFF that Pillow does not know; None for anything else."""
+    with suppress(Exception):
+        directory, file = TiffImagePlugin.ImageFileDirectory_v2(data[:8]), io.BytesIO(data)
+        file.seek(directory.next)
+        directory.load(file)
+        bands, bits = directory[277], directory[258]  # TIFF 6.0: SamplesPerPixel, BitsPerSample
+        return f"a TIFF of {bands} bands of {'/'.join(map(str, sorted(set(bits))))} bits: no picture in colours or grey"
+    return None
 
 
 def _to_rgb_or_grey(image: Image.Image) -> Image.Image:
@@ -1101,6 +1240,8 @@ def _to_rgb_or_grey(image: Image.Image) -> Image.Image:
         return _grey_from_16_bits(image)
     if image.mode == "F":
         raise BadImage("floating-point grey, whose black and white are not defined")
+    if image.format == "BMP" and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
+        return image.convert("RGB")  # a fourth byte that nobody set, which viewers ignore
     if image.has_transparency_data:
         # Onto white, as a viewer shows it and as transformers 5 does: dropping the alpha would bring out whatever colour
         # lies under transparent pixels.
@@ -1126,136 +1267,22 @@ def _grey_from_16_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(eight)
 
 
-def crop_uint8(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
-    """Resize and centre crop an image to uint8 [image_size, image_size, 3], bit for bit as transformers' processor does."""
-    width, height = image.size
-    size, resample = preprocess.image_size, preprocess.resample
-    if isinstance(preprocess.resize, int):
-        short, long = preprocess.resize, int(preprocess.resize * max(width, height) / min(width, height))
-        new_width, new_height = (short, long) if width <= height else (long, short)
-    else:
-        new_height, new_width = preprocess.resize
-    left, top = (new_width - size) // 2, (new_height - size) // 2
-    if max(new_width, new_height) > 100 * size:
-        # A strip, which would fill gigabytes once resized: resize the crop's part of it alone. Pillow keeps the box in
-        # float32, so that a value may be off by a grey level or two.
-        scale_x, scale_y = width / new_width, height / new_height
-        box = (left * scale_x, top * scale_y, min((left + size) * scale_x, width), min((top + size) * scale_y, height))
-        image = image.resize((size, size), resample, box=box)
-    elif width > height and isinstance(preprocess.resize, int):
-        # Pillow resizes rows first, then columns: those that the crop drops need not take part in the second pass.
-        image = image.resize((new_width, height), resample).crop((left, 0, left + size, height))
-        image = image.resize((size, new_height), resample).crop((0, top, size, top + size))
-    else:
-        image = image.resize((new_width, new_height), resample).crop((left, top, left + size, top + size))
-    return np.asarray(image.convert("RGB"))
+# --- the forward pass and its features -------------------------------------------------------------------------------
 
 
-def read_photo(photo: str | Path | Image.Image) -> Image.Image:
-    """The decoded image of a path, or a PIL image made alike. Raises UsageError naming one that cannot be read."""
-    try:
-        return decode(photo if isinstance(photo, Image.Image) else read_bytes(str(photo)))
-    except BadImage as error:
-        raise UsageError(f"{photo}: {error}") from error
-    except Unreadable as error:
-        raise UsageError(str(error)) from error
+class ExactGelu(torch.nn.Module):
+    """GELU by erf: on an NPU torch's own is the tanh approximation whatever it is asked for (op-plugin, npu_gelu)."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return sys.modules["torch_npu"].npu_gelu(values, approximate="none")
 
 
-# --- the forward pass and its levers ---------------------------------------------------------------------------------
-
-
-@lru_cache
-def _mean_and_std(preprocess: Preprocess, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, std = (torch.tensor(values, dtype=dtype).view(3, 1, 1).to(device) for values in (preprocess.mean, preprocess.std))
-    return mean, std
-
-
-def normalize(crops: torch.Tensor, preprocess: Preprocess, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """uint8 crops [N, H, W, 3] on any device to pixel values [N, 3, H, W] (float32), with transformers' own arithmetic."""
-    dtype = dtype or torch.float32
-    mean, std = _mean_and_std(preprocess, crops.device, dtype)
-    return (crops.permute(0, 3, 1, 2).to(dtype) * preprocess.rescale_factor - mean) / std
-
-
-@lru_cache
-def _lever_modules() -> Any:
-    """The modules that levers put into transformers' model. Built at first use, because torch is imported late."""
-
-    class FoldedPatches(torch.nn.Module):
-        """Patch embedding of raw pixels [N, 3, H, W], strided as uint8 crops are, as one matrix product.
-
-        Normalisation is folded into weight and bias in float64. No permutation, no convolution, so no HF32 or TF32 either.
-        Pixels are centred first: left between 0 and 255, their mean would cancel against the bias and cost digits.
-        """
-
-        def __init__(self, projection: torch.nn.Conv2d, preprocess: Preprocess) -> None:
-            super().__init__()
-            weight = projection.weight.detach().double()
-            std = torch.tensor(preprocess.std, dtype=torch.float64).view(1, 3, 1, 1)
-            mean = torch.tensor(preprocess.mean, dtype=torch.float64).view(1, 3, 1, 1)
-            folded = weight * (preprocess.rescale_factor / std)
-            bias = projection.bias.double() + (folded * (128 - mean / preprocess.rescale_factor)).sum((1, 2, 3))
-            self.patch_size = projection.weight.shape[-1]
-            self.projection = torch.nn.Linear(folded[0].numel(), len(folded), device="meta", dtype=projection.weight.dtype)
-            self.projection.weight = torch.nn.Parameter(folded.permute(0, 2, 3, 1).flatten(1).to(projection.weight.dtype))
-            self.projection.bias = torch.nn.Parameter(bias.to(projection.bias.dtype))
-
-        def forward(self, pixels: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-            count, _, height, width = pixels.shape
-            rows, columns = height // self.patch_size, width // self.patch_size
-            patches = (pixels.permute(0, 2, 3, 1) - 128).reshape(count, rows, self.patch_size, columns, -1)
-            return self.projection(patches.transpose(2, 3).reshape(count, rows * columns, -1))
-
-    class ExactGelu(torch.nn.Module):
-        """GELU by erf: on an NPU torch's own is the tanh approximation whatever it is asked for (op-plugin, npu_gelu)."""
-
-        def forward(self, values: torch.Tensor) -> torch.Tensor:
-            return sys.modules["torch_npu"].npu_gelu(values, approximate="none")
-
-    return argparse.Namespace(FoldedPatches=FoldedPatches, ExactGelu=ExactGelu)
-
-
-def _fused_attention(module, query, key, value, attention_mask=None, scaling=None, **_options):
-    """transformers' attention interface through the NPU's fused kernel: [N, heads, T, d] in, [N, T, heads, d] out.
-
-    Undoing transformers' transposition gives the layout BSND without a copy. sync=True leaves out the event with which
-    torch_npu 2.9.0 forks a stream that no graph capture can join.
-    """
-    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    fused = sys.modules["torch_npu"].npu_fusion_attention
-    return fused(query, key, value, query.shape[2], "BSND", scale=scale, sync=True)[0], None
-
-
-def apply_levers(
-    module: torch.nn.Module, device: Device, preprocess: Preprocess, levers: Sequence[str], exact_gelu: bool
-) -> tuple[str, ...]:
-    """Exchange parts of transformers' ViTModel, on the CPU, for equal ones that suit the device. Returns the levers in use."""
-    used: list[str] = []
-    made = _lever_modules()
-    if device.kind == "npu" and exact_gelu:
-        for parent in list(module.modules()):
-            for name, part in list(parent.named_children()):
-                if type(part).__name__ == "GELUActivation":
-                    setattr(parent, name, made.ExactGelu())
-    if type(module).__name__ != "ViTModel":
-        return ()  # code that came with a checkpoint: its other parts are not known
-    if device.kind == "npu" and "fused_attention" in levers:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        ALL_ATTENTION_FUNCTIONS.register("npu_fused_attention", _fused_attention)
-        module.config._attn_implementation = "npu_fused_attention"
-        used.append("fused_attention")
-    if "folded_patches" in levers:
-        embeddings = module.embeddings
-        embeddings.patch_embeddings = made.FoldedPatches(embeddings.patch_embeddings.projection, preprocess)
-        used.append("folded_patches")
-    return tuple(used)
-
-
-def layers_of(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The encoder's layers in order; they have other places in transformers 4 and 5."""
-    return [part for part in module.modules() if type(part).__name__ == "ViTLayer"]
+def put_exact_gelu(module: torch.nn.Module) -> None:
+    """Exchange transformers' GELU, which on an NPU is the tanh approximation."""
+    for parent in list(module.modules()):
+        for name, part in list(parent.named_children()):
+            if type(part).__name__ == "GELUActivation":
+                setattr(parent, name, ExactGelu())
 
 
 class Outputs(NamedTuple):
@@ -1266,29 +1293,35 @@ class Outputs(NamedTuple):
     layers: dict[str, torch.Tensor]
 
 
+def layers_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The encoder's layers in order, which have other places in transformers 4 and 5; none for a checkpoint's own code."""
+    return [part for part in module.modules() if type(part).__name__ == "ViTLayer"]
+
+
 def forward(model: LoadedModel, crops: torch.Tensor, layers: Sequence[str] = ()) -> Outputs:
     """Run uint8 crops [N, H, W, 3] on the model's device. `layers`: numbers from 1, "_normed" behind for after the norm."""
-    kept: dict[str, torch.Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda _module, _inputs, output: kept.update({name: output[0] if isinstance(output, tuple) else output})
-
-    module = model.module
-    parts = layers_of(module) if layers else []
-    hooks = [parts[int(name.split("_")[0]) - 1].register_forward_hook(keep(name)) for name in layers]
-    try:
-        with torch.inference_mode():
-            if "folded_patches" in model.levers:
-                pixels = crops.permute(0, 3, 1, 2)
-            else:  # half precision begins after the pixels are normalised
-                wide = torch.promote_types(model.dtype, torch.float32)
-                pixels = normalize(crops, model.preprocess, wide).to(model.dtype).contiguous()
+    with torch.inference_mode():
+        if model.lean is not None:
+            return model.lean.forward(model, crops, layers)
+        module, pixels = model.module, pixel_values(model, crops)
+        if not layers:
             output = module(pixel_values=pixels)
-            kept = {name: module.layernorm(tokens) if "_" in name else tokens for name, tokens in kept.items()}
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return Outputs(output.last_hidden_state, getattr(output, "pooler_output", None), kept)
+            return Outputs(output.last_hidden_state, getattr(output, "pooler_output", None), {})
+        # Layer by layer: what transformers offers for it hangs hooks on a model that another thread may be using.
+        tokens, kept = module.embeddings(pixels), {}
+        for number, layer in enumerate(layers_of(module), 1):
+            left = layer(tokens)
+            tokens = left[0] if isinstance(left, tuple) else left
+            kept |= {str(number): tokens} if str(number) in layers else {}
+            kept |= {f"{number}_normed": module.layernorm(tokens)} if f"{number}_normed" in layers else {}
+        hidden = module.layernorm(tokens)
+        return Outputs(hidden, None if module.pooler is None else module.pooler(hidden), kept)
+
+
+def pixel_values(model: LoadedModel, crops: torch.Tensor) -> torch.Tensor:
+    """Normalised pixels [N, 3, H, W] in the model's dtype; half precision begins after they are normalised."""
+    wide = torch.promote_types(model.dtype, torch.float32)
+    return normalize(crops, model.preprocess, wide).to(model.dtype).contiguous()
 
 
 def layer_names(model: LoadedModel, layers: Sequence[int], normed: bool) -> list[str]:
@@ -1308,6 +1341,21 @@ def layer_names(model: LoadedModel, layers: Sequence[int], normed: bool) -> list
 
 FEATURES = ("class_token", "mean_patch_token", "patch_tokens", "pooler_output", "hidden_norm", "pooler_norm")
 
+JUDGED = FEATURES[:2]
+
+
+def check_features(model: LoadedModel, names: Sequence[str]) -> None:
+    """Raises UsageError naming a feature that this model does not have."""
+    count = model.module.config.num_hidden_layers
+    for name in names:
+        kind, _, layer = name.partition("_layer_")
+        if layer and not layers_of(model.module):
+            raise UsageError(f"{name}: the code that came with this checkpoint has no layers that are known here")
+        layers = map(str, range(1, count + 1)) if kind in FEATURES[:3] else ()
+        if kind not in FEATURES or (layer and layer.removesuffix("_normed") not in layers):
+            known = f"{', '.join(FEATURES)}, or _layer_1 to _layer_{count} behind one of the first three"
+            raise UsageError(f"{name}: no such feature; use {known}")
+
 
 def feature_of(name: str, outputs: Outputs) -> torch.Tensor:
     """A feature by its name: class_token or mean_patch_token [N, D], with _layer_NUMBER behind for a layer's, and so on."""
@@ -1316,7 +1364,7 @@ def feature_of(name: str, outputs: Outputs) -> torch.Tensor:
     if kind == "class_token":
         return tokens[:, 0]
     if kind == "mean_patch_token":
-        return tokens[:, 1:].float().mean(1)
+        return tokens[:, 1:].mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
     if kind == "patch_tokens":
         return tokens[:, 1:]
     if kind == "hidden_norm":
@@ -1324,203 +1372,88 @@ def feature_of(name: str, outputs: Outputs) -> torch.Tensor:
     return outputs.pooler if kind == "pooler_output" else outputs.pooler.float().norm(dim=-1)
 
 
-class Encoder:
-    """Runs a model over batches of crops and brings the wanted features to the host without waiting for them.
+def device_features(model: LoadedModel, crops: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Queue crops of the device: the features `names`, and the output's class and mean patch token for finite_rows."""
+    layers = tuple(dict.fromkeys(name.partition("_layer_")[2] for name in names if "_layer_" in name))
+    with torch.inference_mode():
+        outputs = forward(model, crops, layers)
+        return {name: feature_of(name, outputs) for name in dict.fromkeys((*names, *JUDGED))}
 
-    names: what feature_of takes. execution "graph" captures the forward pass once and replays it, which saves launching its
-    operators one by one; every batch is then padded to `batch_size`, so that one capture serves all. A capture that fails
-    falls back to "eager" and says so. Out of memory halves `batch_size` and goes on.
+
+def host_features(
+    model: LoadedModel, crops: torch.Tensor, names: Sequence[str], batch_size: int
+) -> tuple[dict[str, np.ndarray], int]:
+    """device_features of crops on the host, batch by batch, as arrays, and the batch size that the device's memory allowed.
+
+    Raises DeviceLost where the device has stopped computing.
     """
-
-    def __init__(
-        self, model: LoadedModel, names: Sequence[str], batch_size: int, execution: str = "eager", dtype: str = "float32"
-    ) -> None:
-        if execution == "graph" and model.device.kind == "cpu":
-            raise UsageError("--execution graph: the CPU has no graphs to capture; use it with cuda or npu")
-        for name in names:
-            kind, _, layer = name.partition("_layer_")
-            count = model.module.config.num_hidden_layers
-            layers = map(str, range(1, count + 1)) if kind in FEATURES[:3] else ()
-            if kind not in FEATURES or (layer and layer.removesuffix("_normed") not in layers):
-                known = f"{', '.join(FEATURES)}, or _layer_1 to _layer_{count} behind one of the first three"
-                raise UsageError(f"{name}: no such feature; use {known}")
-        self.model = model
-        self.names = tuple(names)
-        self.batch_size = batch_size
-        self.execution = execution
-        self.fallback: str | None = None
-        self.dtype = getattr(torch, dtype)
-        self._layers = tuple(dict.fromkeys(name.partition("_layer_")[2] for name in names if "_layer_" in name))
-        self._backend = torch.get_device_module(model.device.torch_device)
-        self._graph: _Graph | None = None
-        self._pins = can_pin_memory(model.device)
-        self._copies = self._backend.Stream() if self._pins else None
-
-    def features(self, crops: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The wanted features of crops on the device, and "finite", bool [N]: whether everything about an image is a number."""
-        with torch.inference_mode():
-            outputs = forward(self.model, crops, self._layers)
-            features = {name: feature_of(name, outputs).to(self.dtype) for name in self.names}
-            finite = [torch.isfinite(value).reshape(len(value), -1).all(1) for value in (outputs.hidden, *features.values())]
-            return features | {"finite": torch.stack(finite).all(0)}
-
-    def run(self, crops: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Queue at most `batch_size` crops of the device; the results stay there, until the next call in graph mode."""
-        if self.execution == "graph" and (self._graph is None or self._graph.batch_size != self.batch_size):
-            self._graph = None  # the old capture holds memory that the new one may need
-            try:
-                self._graph = _Graph(self, crops)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                self.execution, self.fallback = "eager", first_line(error)
-                log.warning(f"The forward pass cannot be captured as a graph ({self.fallback}): going on with eager execution")
-        return self._graph.replay(crops) if self.execution == "graph" else self.features(crops)
-
-    def submit(self, crops: torch.Tensor) -> Callable[[], dict[str, np.ndarray]]:
-        """Queue any number of crops uint8 [N, H, W, 3] from the host. Returns a function that waits for their features."""
-        pending = [self._retrying(lambda: self._queue(crops), len(crops))]
-
-        def fetch() -> dict[str, np.ndarray]:
-            # A device may report late that memory ran out: then all of it is queued again.
-            chunks, event, _inputs = pending.pop() if pending else self._queue(crops)
-            event.synchronize()
-            return {name: np.concatenate([chunk[name].numpy() for chunk in chunks]) for name in chunks[0]}
-
-        return lambda: self._retrying(fetch, len(crops))
-
-    def _queue(self, crops: torch.Tensor) -> tuple[list[dict[str, torch.Tensor]], Any, list[torch.Tensor]]:
-        """Features on their way to the host, the event that tells when they are there, and what must live until then."""
-        inputs, chunks = [], []
-        for chunk in crops.split(self.batch_size):
-            inputs.append(self._to_device(chunk))
-            chunks.append({name: self._to_host(value) for name, value in self.run(inputs[-1]).items()})
-        event = self._backend.Event()
-        event.record()
-        return chunks, event, inputs
-
-    def _to_device(self, crops: torch.Tensor) -> torch.Tensor:
-        device = self.model.device.torch_device
-        if self._copies is None:
-            return crops.to(device)
-        with self._backend.stream(self._copies):  # copies while the batch before it computes
-            there = crops.to(device, non_blocking=True)
-        self._backend.current_stream().wait_stream(self._copies)
-        return there
-
-    def _to_host(self, value: torch.Tensor) -> torch.Tensor:
-        if not self._pins:
-            return value.cpu()
-        return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-
-    def _retrying(self, attempt: Callable[[], Any], count: int) -> Any:
-        while True:
-            try:
-                return attempt()
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            self._shrink(min(self.batch_size, count))  # only here has the error let go of what the attempt allocated
-
-    def release(self) -> None:
-        """Give back the memory of a captured graph, and what the allocator holds in reserve."""
-        self._graph = None
-        if self.model.device.kind != "cpu":
-            self._backend.empty_cache()
-
-    def _shrink(self, batch_size: int) -> None:
-        self.release()
-        device = self.model.device.torch_device
-        if batch_size <= 1:
-            raise UsageError(f"out of memory on {device} with a single image: use --dtype float16, or free the device")
-        self.batch_size = batch_size // 2
-        log.warning(f"Out of memory on {device} with batch size {batch_size}: going on with {self.batch_size}")
+    while True:
+        try:
+            found = []
+            for batch in crops.split(batch_size):
+                values = device_features(model, batch.to(model.device.torch_device), names)
+                found.append({name: to_numpy(value) for name, value in values.items()})
+            require_computing(model.device)
+            return {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}, batch_size
+        except Exception as error:
+            raise_if_lost(error)
+            if not is_out_of_memory(error):
+                raise
+        # Only here has the error let go of what the attempt allocated.
+        batch_size = halved(min(batch_size, len(crops)), model.device)
 
 
-class _Graph:
-    """A captured forward pass: torch.cuda.CUDAGraph or its twin torch.npu.NPUGraph."""
-
-    def __init__(self, encoder: Encoder, crops: torch.Tensor) -> None:
-        device = encoder.model.device.torch_device
-        backend = torch.get_device_module(device)
-        if device.type == "npu" and os.environ.get("TASK_QUEUE_ENABLE") == "2":
-            raise RuntimeError("TASK_QUEUE_ENABLE=2 excludes graph capture; unset it")
-        self.batch_size = encoder.batch_size
-        self.crops = torch.zeros(self.batch_size, *crops.shape[1:], dtype=torch.uint8, device=device)
-        stream = backend.Stream()
-        stream.wait_stream(backend.current_stream())
-        with backend.stream(stream):
-            for _ in range(3):  # libraries choose kernels and allocate workspaces at first use, which cannot be captured
-                encoder.features(self.crops)
-        backend.current_stream().wait_stream(stream)
-        self.graph = backend.NPUGraph() if device.type == "npu" else backend.CUDAGraph()
-        # "thread_local": the loader's thread that pins memory may go on meanwhile. A capture that fails leaves its own stream
-        # current: entering the present one anew brings it back.
-        with backend.stream(backend.current_stream()), backend.graph(self.graph, capture_error_mode="thread_local"):
-            self.outputs = encoder.features(self.crops)
-
-    def replay(self, crops: torch.Tensor) -> dict[str, torch.Tensor]:
-        self.crops[: len(crops)].copy_(crops, non_blocking=True)
-        self.graph.replay()
-        return {name: value[: len(crops)] for name, value in self.outputs.items()}
+def finite_rows(found: dict[str, np.ndarray]) -> np.ndarray:
+    """bool [N]: whether all features of an image are numbers; a NaN or Inf in any token reaches the mean patch token."""
+    return np.all([np.isfinite(values).all(tuple(range(1, values.ndim))) for values in found.values()], 0)
 
 
-def can_pin_memory(device: Device) -> bool:
-    """Whether the host can set memory aside that the device copies from and to by itself."""
-    if device.kind == "cpu":
-        return False
-    try:
-        torch.empty(1).pin_memory()
-        return True
-    except RuntimeError:
-        return False
-
-
-def default_batch_size(device: Device) -> int:
-    """Large enough to keep the device busy, small enough for any of its kind; larger gains little."""
-    return 8 if device.kind == "cpu" else 64
-
-
-# --- one image or a few ----------------------------------------------------------------------------------------------
-
-
-def features(
-    model: LoadedModel,
-    images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
-    names: Sequence[str] = ("class_token", "mean_patch_token"),
-    batch_size: int | None = None,
-) -> dict[str, np.ndarray]:
-    """Features of photos (paths or PIL images) as arrays by name, a row for each photo; `names` are what feature_of takes.
-
-    Raises UsageError naming a photo that cannot be read, or whose features are not numbers.
-    """
-    photos = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-    if not photos:
-        raise UsageError("no photos were given")
-    encoder = Encoder(model, names, batch_size or default_batch_size(model.device))
-    found = encoder.submit(crops_of(photos, model.preprocess))()
-    require_finite(found.pop("finite"), [str(photo) for photo in photos], model)
-    return found
-
-
-def crops_of(photos: Sequence[str | Path | Image.Image], preprocess: Preprocess) -> torch.Tensor:
-    """uint8 crops [N, image_size, image_size, 3] of paths or PIL images. Raises UsageError naming one that cannot be read."""
-    return torch.from_numpy(np.stack([crop_uint8(read_photo(photo), preprocess) for photo in photos]))
-
-
-def require_finite(finite: np.ndarray, names: Sequence[str], model: LoadedModel) -> None:
+def require_finite(found: dict[str, np.ndarray], names: Sequence[str], model: LoadedModel) -> None:
     """Raises UsageError naming the first image whose features hold NaN or Inf."""
+    finite = finite_rows(found)
     if not finite.all():
         hint = "the weights may be damaged" if model.dtype_name == "float32" else "try --dtype float32"
         name = names[int(np.argmin(finite))]
         raise UsageError(f"{name}: its features in {model.dtype_name} hold NaN or Inf; nothing was saved; {hint}")
 
 
-def run_few(args: argparse.Namespace, device: Device) -> int:
+# --- one photo or a few ----------------------------------------------------------------------------------------------
+
+
+def features(
+    model: LoadedModel,
+    images: str | Path | Image.Image | Sequence[str | Path | Image.Image],
+    names: Sequence[str] = JUDGED,
+    batch_size: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Features of photos (paths or PIL images) as arrays by name, a row for each photo; `names` are what feature_of takes.
+
+    Raises UsageError naming a photo that cannot be read, or whose features are not numbers.
+    """
+    photos = _photos_of(images)
+    if not photos:
+        raise UsageError("no photos were given")
+    check_features(model, names)
+    crops = crops_of(photos, model.preprocess)
+    found, _ = host_features(model, crops, names, batch_size or default_batch_size(model.device.kind))
+    require_finite(found, [str(photo) for photo in photos], model)
+    return {name: found[name] for name in names}
+
+
+def _photos_of(images: Any) -> list[str | Path | Image.Image]:
+    """What features() takes, as a list. Raises UsageError for anything else, which would pass for a path made of digits."""
+    photo = (str, Path, Image.Image)
+    several = isinstance(images, Iterable) and not isinstance(images, (*photo, bytes, Mapping, np.ndarray, torch.Tensor))
+    photos = list(images) if several else [images]
+    for given in photos:
+        if not isinstance(given, photo):
+            raise UsageError(f"{type(given).__name__}: no photo; paths and PIL images are taken, one or a list of them")
+    return photos
+
+
+def run_few(args: argparse.Namespace) -> int:
     """Run all images in this process, time the forward pass, log and save what came out. Returns the exit code."""
-    paths = find_images(args.image_path)
-    if args.pca and len(paths) > 100:
-        raise UsageError(f"--pca: at most 100 photos fit into a picture, and these are {len(paths):,}")
+    device, paths = open_as_asked(args), find_images(args.image_path)
     if len(paths) > 1000:
         log.warning(f"{len(paths):,} images at once: embed.py decodes in parallel and can go on after an interruption")
     model = load_from_args(args, device)
@@ -1528,20 +1461,16 @@ def run_few(args: argparse.Namespace, device: Device) -> int:
     crops = crops_of(paths, model.preprocess)
     saved = names_to_save(args, model)
     names = [*saved, "hidden_norm", *(["pooler_norm"] if model.pooler != "none" else [])]
-    if args.pca and "patch_tokens" not in names:
-        names.append("patch_tokens")
-    encoder = Encoder(model, names, min(args.batch_size or default_batch_size(device), len(paths)), args.execution)
+    batch_size = min(args.batch_size or default_batch_size(device.kind), len(paths))
     log.info(f"Input shape: {(len(paths), 3, *crops.shape[1:3])}")
     log.info("Warming up ...")
-    found = encoder.submit(crops)()
+    found, batch_size = host_features(model, crops, names, batch_size)
     log.info(f"First features after {time.perf_counter() - STARTED:.2f} s")
-    require_finite(found.pop("finite"), paths, model)
+    require_finite(found, paths, model)
     log.info("Running inference ...")
-    timed = crops[: encoder.batch_size].to(device.torch_device)
-    times: list[float] = []
-    while len(times) < 3 or (len(times) < 10 and sum(times) < 3.0):
-        times.append(time_once(device, lambda: encoder.run(timed)))
-    result = describe_few(model, paths, found, len(timed), times)
+    times = time_batch(model, crops[:batch_size], names)
+    require_computing(device)
+    result = describe_few(model, paths, found, batch_size, times)
     log_few(model, result)
     if args.output:
         with np.errstate(over="ignore"):
@@ -1551,11 +1480,16 @@ def run_few(args: argparse.Namespace, device: Device) -> int:
         with replacing(Path(args.output)) as file:
             np.savez(file, index=np.arange(len(paths)), path=np.array(paths), **arrays)
         log.info(f"Features saved to {args.output} ({model.weights.label})")
-    result |= {"execution": encoder.execution, "execution_fallback": encoder.fallback} | provenance(args, model)
-    if args.pca:
-        result["pca"] = save_pca(Path(args.pca), crops.numpy(), found["patch_tokens"], paths, result)
-    write_result(args, result)
+    write_result(args, result | provenance(args, model))
     return 0
+
+
+def time_batch(model: LoadedModel, crops: torch.Tensor, names: Sequence[str]) -> list[float]:
+    """Seconds of a batch from crops on the device to its features there, for three to ten runs within three seconds."""
+    batch, times = crops.to(model.device.torch_device), []
+    while len(times) < 3 or (len(times) < 10 and sum(times) < 3.0):
+        times.append(time_once(model.device, lambda: device_features(model, batch, names)))
+    return times
 
 
 def names_to_save(args: argparse.Namespace, model: LoadedModel) -> list[str]:
@@ -1610,83 +1544,9 @@ def log_few(model: LoadedModel, result: dict[str, Any]) -> None:
     log.info(f"Results: {json.dumps(result)}")
 
 
-def principal_components(patch_tokens: np.ndarray, count: int = 3) -> tuple[np.ndarray, float]:
-    """Patch tokens [N, P, D] on their first components over all images: [N, P, count], and the variance explained in percent.
+# --- the log ---------------------------------------------------------------------------------------------------------
 
-    The sign of a component is arbitrary; it is set so that its largest weight is positive.
-    """
-    tokens = patch_tokens.reshape(-1, patch_tokens.shape[-1]).astype(np.float64)
-    tokens -= tokens.mean(0)
-    _, singular, directions = np.linalg.svd(tokens, full_matrices=False)
-    directions = directions[:count]
-    largest = np.take_along_axis(directions, np.abs(directions).argmax(1, keepdims=True), 1)
-    projected = tokens @ (directions * np.sign(largest)).T
-    projected = np.pad(projected, ((0, 0), (0, count - len(directions))))  # fewer than three patches have fewer components
-    explained = 100 * (singular[:count] ** 2).sum() / max((singular**2).sum(), np.finfo(np.float64).tiny)
-    return projected.reshape(*patch_tokens.shape[:2], -1), float(explained)
-
-
-def patch_colours(patch_tokens: np.ndarray) -> tuple[np.ndarray, float]:
-    """Colours uint8 [N, rows, columns, 3] of patch tokens [N, P, D]: their first three components as red, green and blue.
-
-    They run from the 1st to the 99th percentile of each component over all images, so that they compare between images.
-    Returns the variance explained in percent too.
-    """
-    projected, explained = principal_components(patch_tokens)
-    low, high = np.percentile(projected, (1, 99), axis=(0, 1))
-    colours = np.clip((projected - low) / np.maximum(high - low, 1e-12), 0, 1)
-    grid = math.isqrt(patch_tokens.shape[1])
-    return (colours.reshape(-1, grid, grid, 3) * 255).round().astype(np.uint8), explained
-
-
-def save_pca(
-    path: Path, crops: np.ndarray, patch_tokens: np.ndarray, names: Sequence[str], result: dict[str, Any]
-) -> dict[str, Any]:
-    """Draw crops uint8 [N, H, W, 3] beside the colours of their patch tokens [N, P, D]. Returns what the result says of it."""
-    colours, explained = patch_colours(patch_tokens)
-    pca = {"explained_variance_percent": explained, "colours_hex": [patches.tobytes().hex() for patches in colours]}
-    picture = draw_pca(crops, colours, names, pca_heading(result | {"pca": pca}))
-    with replacing(path) as file:
-        picture.save(file, format="PNG" if path.suffix.lower() == ".png" else "JPEG", quality=95)
-    log.info(f"Picture saved to {path}; its three components explain {explained:.1f}% of the variance")
-    return pca
-
-
-def draw_pca(crops: np.ndarray, colours: np.ndarray, names: Sequence[str], heading: Sequence[str]) -> Image.Image:
-    """Draw each crop uint8 [N, H, W, 3] beside its patches' colours uint8 [N, rows, columns, 3], under lines of heading."""
-    side, margin, line = 448, 16, 22
-    font = ImageFont.load_default(size=16)
-    top = margin + line * len(heading)
-    picture = Image.new("RGB", (2 * side + 3 * margin, top + len(crops) * (side + line + margin)), "white")
-    draw = ImageDraw.Draw(picture)
-    for number, text in enumerate(heading):
-        draw.text((margin, margin // 2 + line * number), _fit_text(text, font, 2 * side + margin), "black", font)
-    for crop, colour, name in zip(crops, colours, names):
-        picture.paste(Image.fromarray(crop).resize((side, side), Image.Resampling.BICUBIC), (margin, top))
-        picture.paste(Image.fromarray(colour).resize((side, side), Image.Resampling.NEAREST), (2 * margin + side, top))
-        draw.text((margin, top + side + 2), _fit_text(name, font, 2 * side + margin), "black", font)
-        top += side + line + margin
-    return picture
-
-
-def pca_heading(result: dict[str, Any]) -> list[str]:
-    """What the picture of an inference result says of itself."""
-    made_of = "random weights: the colours mean nothing" if result["weights"]["source"] == "random" else "patch tokens"
-    return [
-        f"{result['model']}, {result['dtype']} on {result['device_name']}",
-        f"{made_of}; first 3 principal components, {result['pca']['explained_variance_percent']:.1f}% of the variance",
-    ]
-
-
-def _fit_text(text: str, font: Any, width: int) -> str:
-    """The end of `text` that fits: of a path, the end tells most."""
-    shown = text
-    while font.getlength(shown) > width:
-        shown = "..." + shown[4:]
-    return shown
-
-
-# --- log, results, provenance ----------------------------------------------------------------------------------------
+LOG_LAYOUT = logging.Formatter("%(asctime)s [%(levelname)s] %(message)s")
 
 
 class _TerminalFormatter(logging.Formatter):
@@ -1706,9 +1566,6 @@ class _LogFile(logging.FileHandler):
     def close(self) -> None:
         with suppress(OSError):  # what could not be written is still in its buffer
             super().close()
-
-
-LOG_LAYOUT = logging.Formatter("%(asctime)s [%(levelname)s] %(message)s")
 
 
 def start_log() -> None:
@@ -1749,6 +1606,9 @@ def stop_log() -> None:
         handler.close()
 
 
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
 def result_name(name: str, kind: str) -> str:
     """An NPU's results have the deliverables' names, those of another device carry its name: inference, inference_cpu."""
     return name if kind == "npu" else f"{name}_{kind}"
@@ -1757,17 +1617,32 @@ def result_name(name: str, kind: str) -> str:
 def settle(args: argparse.Namespace, kind: str, trial: bool) -> None:
     """Decide where log and result of a run go, and open the log: results/ and logs/, or their trial/ folders.
 
-    --output_log and --results_dir are obeyed to the letter. args.script is the script's name for them.
+    --output_log and --results_dir are obeyed to the letter. args.script is the script's name for them. Raises UsageError where
+    they cannot be written.
     """
     name = result_name(args.script, kind)
     folder = "trial" if trial else "."
     args.results = Path(args.results_dir) if args.results_dir else ROOT / "results" / folder
     rank = f"_rank{rank_of('RANK', 0)}" if rank_of("RANK", 0) else ""
     open_log(Path(args.output_log) if args.output_log else ROOT / "logs" / folder / f"{name}{rank}.log")
+    if args.script != "embed":
+        require_writable(args.results)
+
+
+def require_writable(folder: Path) -> None:
+    """Raises UsageError, before anything is computed, where a result cannot be written: a read-only bundle, as in an image."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    problem = "" if os.access(there, os.W_OK) else "no right to write there, or a read-only disk"
+    if problem or not os.path.isdir(there):
+        told = problem or "Not a directory"
+        raise UsageError(f"{folder}: results cannot be written ({told}); name another folder with --results_dir")
 
 
 def is_trial(args: argparse.Namespace, model: LoadedModel) -> bool:
     """Whether a run's outcome is no evidence: not the card's weights and not --publish, or less than what is on record."""
+    if STAND_IN in model.device.name:
+        log.warning(f"This is a {STAND_IN}: no NPU, and no evidence for one")
+        return True
     if model.is_evidence:
         return False
     record = read_record(ROOT / "results" / f"{result_name(args.script, model.device.kind)}.json")
@@ -1834,10 +1709,13 @@ def write_blocked(args: argparse.Namespace, blocked: Blocked) -> None:
     record = read_record(Path(args.results_dir or ROOT / "results") / f"{result_name(args.script, kind)}.json")
     reason = without_paths({"reason": blocked.reason})["reason"]
     settle(args, kind, trial=bool(record) and (record.get("status") != "BLOCKED" or record.get("reason") == reason))
-    if args.script == "embed" or (args.results_dir and record and record.get("status") != "BLOCKED"):
+    if args.script.startswith("embed") or (args.results_dir and record and record.get("status") != "BLOCKED"):
         return
     data = {"status": "BLOCKED", "device": kind, "reason": reason, "what_to_do": blocked.remedy}
     write_result(args, data | {"dtype": args.dtype} | run_provenance())
+
+
+# --- what a result says of its making --------------------------------------------------------------------------------
 
 
 def run_provenance() -> dict[str, Any]:
@@ -1871,7 +1749,6 @@ def provenance(args: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
         "missing_keys": model.missing_keys,
         "pooler": model.pooler,
         "weights": model.weights.describe(),
-        "tuned": getattr(args, "tuning", None),
     }
 
 
@@ -1925,7 +1802,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-# --- command line ----------------------------------------------------------------------------------------------------
+# --- flags -----------------------------------------------------------------------------------------------------------
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -1953,17 +1830,16 @@ def positive_int(text: str) -> int:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that mean the same in every script."""
     add = parser.add_argument_group("model and device").add_argument
-    path = "folder, hub id or Meta's native .pth (default: %(default)s, else the hub)"
-    add("--model_path", default=DEFAULT_MODEL_PATH, help=path)
+    add("--model_path", default=DEFAULT_MODEL_PATH, help="folder or hub id (default: %(default)s, else the hub)")
     add("--device", type=device_spec, default="auto", help="auto (an NPU, else a GPU, else the CPU), cpu, cuda[:N], npu[:N]")
     add("--dtype", choices=DTYPES, default="float32", help="arithmetic of the model (default: %(default)s)")
     add("--image_size", type=positive_int, metavar="PIXELS", help="side of the input (default: the checkpoint's, 224)")
     ways = "crop: the checkpoint's way; squash: no crop; 256: short edge 256, crop"
     add("--resize", choices=RESIZES, default="crop", help=ways)
+    speed = "exact: transformers' pixels; fast: a grey level off here and there (default: %(default)s)"
+    add("--decode", choices=DECODES, default="exact", help=speed)
     add("--allow_hf32", action="store_true", help="let float32 be rounded (HF32, TF32): faster, 1000 times less exact")
     add("--deterministic", action="store_true", help="the same bits on every run on an NPU, at some cost (embed.py: always)")
-    add("--without", nargs="+", choices=LEVERS, default=[], metavar="LEVER", help=f"switch off any of {', '.join(LEVERS)}")
-    add("--tuned", choices=("throughput", "latency", "faithful"), help="use what eval/tune.py picked, not other flags")
     add("--random_weights", action="store_true", help="seeded random weights: to try the pipeline and its speed")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with a checkpoint: only if you trust it")
     add("--allow_unlocked", action="store_true", help="accept files whose sha256 is not the one in locked_models.md")
@@ -1972,48 +1848,30 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--results_dir", metavar="DIR", help="folder for the JSON result (default: results/, for a trial results/trial/)")
 
 
-def apply_tuning(args: argparse.Namespace) -> None:
-    """--tuned: take arithmetic, execution, batch size and environment from eval/tune.py's pick, before torch is imported."""
-    args.tuning, kind = None, args.device.partition(":")[0]
-    if getattr(args, "tuned", None) is None:
-        return
-    if kind == "auto":
-        raise UsageError(f"--tuned {args.tuned}: name the device that was tuned, with --device npu, cuda or cpu")
-    folders = [Path(args.results_dir)] if args.results_dir else [ROOT / "results", ROOT / "results" / "trial"]
-    for path in (folder / f"{result_name('tuned', kind)}.json" for folder in folders):
-        record = read_record(path)
-        pick = (record.get("picks") or {}).get(args.tuned)
-        if pick and (record["tuned_on"]["weights"]["source"] == "random") == args.random_weights:
-            break
-    else:
-        raise UsageError(f"--tuned {args.tuned}: nothing was found for it yet; run first: python eval/tune.py --device {kind}")
-    for name in record["variables"]:
-        os.environ.pop(name, None)
-    os.environ.update(pick["environment"])
-    for name in ("dtype", "allow_hf32", "without", "execution"):
-        setattr(args, name, pick[name])
-    args.batch_size = getattr(args, "batch_size", None) or pick["batch_size"]
-    tuned_on = record["tuned_on"] | {"device": pick["device_name"]}
-    args.tuning = {"file": relative_to_root(path), "for": args.tuned, "tuned_on": tuned_on} | pick
+def add_feature_arguments(parser: argparse.ArgumentParser, images: str, output: str) -> None:
+    """The flags about features that inference.py and embed.py share."""
+    add = parser.add_argument_group("images and features").add_argument
+    add("--image_path", nargs="+", required=True, metavar="PATH", help=images)
+    add("--output", metavar="PATH", help=output)
+    layers = "-1: the output, after the final norm (default); 1 to 24, or -2 to -24: as that layer leaves it"
+    add("--layers", nargs="+", type=int, default=[-1], metavar="N", help=layers)
+    add("--norm_layers", action="store_true", help="apply the final norm to these layers too (their names say so)")
+    add("--save_patch_tokens", action="store_true", help="save all patch tokens too: 100 times the size")
+    add("--save_pooler", action="store_true", help="save the pooler's output too: no learned feature unless it is trained")
+    add("--feature_dtype", choices=DTYPES[:2], default="float32", help="how features are saved (default: %(default)s)")
+    add("--batch_size", type=positive_int, metavar="N", help="images at once (default: 8 on the CPU, 64 elsewhere)")
+    most = "refuse images of more pixels (default: %(default)s)"
+    add("--max_megapixels", type=positive_int, default=MAX_MEGAPIXELS, metavar="N", help=most)
 
 
-def what_is_tuned(model: LoadedModel) -> dict[str, Any]:
-    """What a tuning holds for, and nothing else."""
-    weights, found = model.weights.describe(), versions()
-    return {
-        "device": model.device.name,
-        "versions": {name: found[name] for name in ("torch", "torch_npu", "transformers")},
-        "weights": {name: weights.get(name) for name in ("source", "sha256", "seed")},
-        "image size": model.preprocess.image_size,
-    }
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__)
+    add_feature_arguments(parser, "images, globs, folders", "NAME.npz for the features (embed.py writes folders)")
+    add_model_arguments(parser)
+    return parser
 
 
-def load_as_asked(args: argparse.Namespace, device: Device, **changes: Any) -> LoadedModel:
-    """load_model with the flags of add_model_arguments; `changes` are arguments of load_model that differ from them."""
-    names = ("model_path", "dtype", "image_size", "resize", "random_weights", "trust_remote_code", "allow_unlocked")
-    asked = {name: getattr(args, name) for name in names}
-    asked["levers"] = tuple(lever for lever in LEVERS if lever not in args.without)
-    return load_model(device, **asked | changes)
+# --- running a script ------------------------------------------------------------------------------------------------
 
 
 def load_from_args(args: argparse.Namespace, device: Device) -> LoadedModel:
@@ -2021,15 +1879,8 @@ def load_from_args(args: argparse.Namespace, device: Device) -> LoadedModel:
     log.info(f"Loading {MODEL_NAME} from {'random weights' if args.random_weights else args.model_path} ...")
     model = load_as_asked(args, device)
     settle(args, device.kind, is_trial(args, model))
-    if tuning := getattr(args, "tuning", None):
-        for what, here in what_is_tuned(model).items():
-            if tuning["tuned_on"][what] != here:
-                told = f"{tuning['file']} is of another {what}: {tuning['tuned_on'][what]}, not {here}"
-                raise UsageError(f"--tuned: {told}; run again: python eval/tune.py --device {device.kind}")
-        log.info(f"Tuned for {args.tuned} by {tuning['file']}: {json.dumps(tuning)}")
     log.info(f"Model loaded on {device.kind}, dtype={model.dtype} ({model.weights.label})")
     log.info(f"Parameters: {model.parameters:,} ({model.parameters / 1e6:.1f}M)")
-    log.info(f"Levers: {', '.join(model.levers) or 'none'}")
     if model.name != HUB_ID:
         log.warning(f"This is not {MODEL_NAME} but {model.name}; no evidence for this bundle's page")
     if model.weights.note:
@@ -2044,49 +1895,99 @@ def load_from_args(args: argparse.Namespace, device: Device) -> LoadedModel:
     return model
 
 
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, by a KeyboardInterrupt; what is ignored stays so, as nohup has it.
+
+    A signal that follows within seconds, as torchrun's SIGTERM upon a Ctrl-C, does not disturb what the first has begun to end.
+    """
+    stopped_at = [-math.inf]
+
+    def stop(_signal: int, _frame: object) -> None:
+        if time.monotonic() - stopped_at[0] > 5:
+            stopped_at[0] = time.monotonic()
+            raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_lost: list[BaseException] = []  # what said that the device has stopped computing, for good in this process
+
+
 def answered(body: Callable[[], int], settle_log: Callable[[], None]) -> int:
     """The exit code of body(), or of what ends it, said in one line. settle_log opens the log's file before a traceback."""
     try:
-        start_log()
-        return body()
+        with stoppable():
+            start_log()
+            return body()
     except (UsageError, ModuleNotFoundError) as error:
         remedy = "" if isinstance(error, UsageError) else ". Run: pip install -r requirements.txt"
         log.error(f"error: {error}{remedy}")
         return 2
     except KeyboardInterrupt as error:
-        log.error(str(error) or stopping.last_words)
+        log.error(str(error) or "stopped; nothing was saved")
         return 130
     except Exception as error:
         settle_log()
-        told = f"{type(error).__name__}: {first_line(error)}"
-        log.error(f"error: {told} (unforeseen; the traceback is in the log)", exc_info=True)
+        told = f"{type(error).__name__}: {first_line(error)} (unforeseen; the traceback is in the log)"
+        if is_lost(error):
+            _lost.append(error)
+            told = str(error) if isinstance(error, DeviceLost) else what_lost_means(failed_operator(error))
+        log.error(f"error: {told}", exc_info=True)
         return 70
 
 
-def guarded(script: str, body: Callable[[], int]) -> int:
+def leave(code: int) -> None:
+    """End the process; where the device is lost without torch_npu's exit handler, which may wait for it for ever."""
+    if _lost:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def guarded(script: str, body: Callable[[], int], last_words: str = "stopped; nothing was saved") -> int:
     """body() of a script that runs no model, or whatever ends it as one line and an exit code."""
+
+    def run() -> int:
+        try:
+            return body()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(last_words) from None
+
     try:
-        return answered(body, lambda: open_log(ROOT / "logs" / "trial" / f"{script}.log"))
+        return answered(run, lambda: open_log(ROOT / "logs" / "trial" / f"{script}.log"))
     finally:
         stop_log()
 
 
-def run_script(script: str, args: argparse.Namespace, body: Callable[[argparse.Namespace, Device], int]) -> int:
-    """Open the device, run body(args, device), and turn whatever ends it into an exit code, one line, and what must be kept.
+def limit_megapixels(args: argparse.Namespace) -> None:
+    """Let this process, and what it forks, obey --max_megapixels."""
+    Image.MAX_IMAGE_PIXELS = getattr(args, "max_megapixels", MAX_MEGAPIXELS) * 500_000  # Pillow refuses twice of it
 
-    A body calls load_from_args, which decides where the log goes; what ends before that is logged to logs/trial/.
+
+def run_script(script: str, args: argparse.Namespace, body: Callable[[argparse.Namespace], int]) -> int:
+    """Run body(args), and turn whatever ends it into an exit code, one line, and what must be kept.
+
+    A body calls open_as_asked, then load_from_args, which decides where the log goes; what ends before that is logged to
+    logs/trial/.
     """
     args.script = script
-    stopping.last_words = "stopped; nothing was saved"
-    previous = stopping.listen()
+    limit_megapixels(args)
 
     def run() -> int:
         try:
-            apply_tuning(args)
-            device = _open_as_asked(args)
-            stopping.graceful = True
-            return body(args, device)
+            return body(args)
         except Blocked as error:
+            _lost.extend([error] if is_lost(error) else [])
             try:
                 write_blocked(args, error)
             except UsageError as unwritten:
@@ -2103,12 +2004,10 @@ def run_script(script: str, args: argparse.Namespace, body: Callable[[argparse.N
     finally:
         settle_log()
         stop_log()
-        stopping.graceful = False
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
-def _open_as_asked(args: argparse.Namespace) -> Device:
+def open_as_asked(args: argparse.Namespace) -> Device:
+    """open_device with the flags of add_model_arguments, and a log of what was opened."""
     device = open_device(args.device, args.allow_hf32, args.deterministic)
     if device.kind == "npu" and args.dtype == "float16" and os.environ.get("INF_NAN_MODE_FORCE_DISABLE") == "1":
         raise UsageError("INF_NAN_MODE_FORCE_DISABLE=1 lets float16 saturate unseen; unset it, or use --dtype float32")
@@ -2119,39 +2018,13 @@ def _open_as_asked(args: argparse.Namespace) -> Device:
     return device
 
 
-def add_feature_arguments(parser: argparse.ArgumentParser, images: str, output: str) -> None:
-    """The flags about features that inference.py and embed.py share."""
-    add = parser.add_argument_group("images and features").add_argument
-    add("--image_path", nargs="+", required=True, metavar="PATH", help=images)
-    add("--output", metavar="PATH", help=output)
-    layers = "-1: the output, after the final norm (default); 1 to 24, or -2 to -24: as that layer leaves it"
-    add("--layers", nargs="+", type=int, default=[-1], metavar="N", help=layers)
-    add("--norm_layers", action="store_true", help="apply the final norm to these layers too (their names say so)")
-    add("--save_patch_tokens", action="store_true", help="save all patch tokens too: 100 times the size")
-    add("--save_pooler", action="store_true", help="save the pooler's output too: no learned feature unless it is trained")
-    add("--feature_dtype", choices=DTYPES[:2], default="float32", help="how features are saved (default: %(default)s)")
-    add("--batch_size", type=positive_int, metavar="N", help="images at once (default: 8 on the CPU, 64 elsewhere)")
-    how = "graph: capture the forward pass, replay it (NPU, GPU)"
-    add("--execution", choices=("eager", "graph"), default="eager", help=how)
-
-
-def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(__doc__)
-    add_feature_arguments(parser, "images, globs, folders", "NAME.npz for the features (embed.py writes folders)")
-    parser.add_argument("--pca", metavar="FILE", help="draw each crop beside its patch tokens as colours: FILE.png or FILE.jpg")
-    add_model_arguments(parser)
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.output is not None and not args.output.endswith(".npz"):
         parser.error(f"--output {args.output!r}: the name must end in .npz; folders are written by embed.py")
-    if args.pca is not None and Path(args.pca).suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        parser.error(f"--pca {args.pca}: the name must end in .png or .jpg")
     return run_script("inference", args, run_few)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

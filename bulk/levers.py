@@ -1,0 +1,203 @@
+"""The forward pass in fewer and larger steps: the same numbers but for rounding, each lever switched by itself.
+
+In: a model as inference.load_model gives it. Out: the same with `lean`, which computes what transformers' ViTModel computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import inference
+import torch
+from inference import Device, LoadedModel, Outputs, Preprocess
+
+# What changes how a forward pass is computed, not what it computes; --without switches one off, --with one of the last on,
+# which use kernels of CANN that no NPU has confirmed for this model yet.
+LEVERS = ("folded_patches", "fused_attention", "stacked_qkv", "fused_norms", "fused_mlp")
+DEFAULT_LEVERS = LEVERS[:3]
+Watch = Callable[[str, torch.Tensor], torch.Tensor]  # is told of each stage and what it leaves; gives what goes on
+
+
+def add_lever_arguments(parser: ArgumentParser) -> None:
+    """The flags that mean the same in every script that encodes many batches."""
+    add = parser.add_argument_group("levers of the forward pass").add_argument
+    off, on = ", ".join(DEFAULT_LEVERS), LEVERS[len(DEFAULT_LEVERS) :]
+    add("--without", nargs="+", choices=LEVERS, default=[], metavar="LEVER", help=f"switch off any of {off}")
+    more = f"switch on any of {', '.join(on)}: fused kernels of an NPU"
+    add("--with", nargs="+", choices=on, default=[], metavar="LEVER", dest="with_levers", help=more)
+
+
+def asked_levers(args: Namespace) -> tuple[str, ...]:
+    return tuple(lever for lever in (*DEFAULT_LEVERS, *args.with_levers) if lever not in args.without)
+
+
+def load_as_asked(args: Namespace, device: Device, **changes: Any) -> LoadedModel:
+    """inference.load_as_asked, with the levers that are asked for."""
+    return with_levers(inference.load_as_asked(args, device, **changes), asked_levers(args))
+
+
+def load_from_args(args: Namespace, device: Device) -> LoadedModel:
+    """inference.load_from_args, with the levers that are asked for."""
+    model = with_levers(inference.load_from_args(args, device), asked_levers(args))
+    inference.log.info(f"Levers: {', '.join(model.levers) or 'none'}")
+    return model
+
+
+def with_levers(model: LoadedModel, levers: Sequence[str]) -> LoadedModel:
+    """The model with those of `levers` that it has on its device in its dtype; as it is where there are none.
+
+    Code that came with a checkpoint has none. Raises UsageError where the device has too little memory.
+    """
+    used = fitting(model, levers)
+    if not used:
+        return model
+    try:
+        return dataclasses.replace(model, levers=used, lean=Lean(model, used))
+    except Exception as error:
+        inference.raise_if_lost(error)
+        if not inference.is_out_of_memory(error):
+            raise
+        raise inference.too_little_memory(model.device) from error
+
+
+def fitting(model: LoadedModel, levers: Sequence[str]) -> tuple[str, ...]:
+    """Those of `levers` that a model has."""
+    if type(model.module).__name__ != "ViTModel":
+        return ()
+    found = {"folded_patches", "stacked_qkv"}
+    if model.device.kind == "npu":
+        found |= {"fused_attention", "fused_norms"} | ({"fused_mlp"} if model.dtype.itemsize == 2 else set())
+    return tuple(lever for lever in LEVERS if lever in levers and lever in found)
+
+
+class Lean:
+    """A forward pass over transformers' modules, taken apart. Nothing of a call stays here: another thread may be using it."""
+
+    def __init__(self, model: LoadedModel, levers: Sequence[str]) -> None:
+        module, heads = model.module, model.module.config.num_attention_heads
+        self.patches: Any = module.embeddings.patch_embeddings
+        self.is_folded = "folded_patches" in levers
+        if self.is_folded:
+            self.patches = FoldedPatches(self.patches.projection, model.preprocess)
+        self.blocks = [Block(layer, heads, levers) for layer in inference.layers_of(module)]
+
+    def forward(self, model: LoadedModel, crops: torch.Tensor, layers: Sequence[str], watch: Watch | None = None) -> Outputs:
+        """inference.forward's work. `watch` is told of each stage: patch embedding, position embedding, layer 1 attention..."""
+        with torch.inference_mode():
+            pixels = crops.permute(0, 3, 1, 2) if self.is_folded else inference.pixel_values(model, crops)
+            return self._forward(model.module, pixels, layers, watch or (lambda _stage, tokens: tokens))
+
+    def _forward(self, module: Any, pixels: torch.Tensor, layers: Sequence[str], watch: Watch) -> Outputs:
+        """What ViTModel.forward computes."""
+        embeddings, kept = module.embeddings, {}
+        patches = watch("patch embedding", self.patches(pixels))
+        tokens = torch.cat((embeddings.cls_token.expand(len(patches), -1, -1), patches), 1) + embeddings.position_embeddings
+        tokens = watch("position embedding", tokens)
+        normed = self.blocks[0].norm_before(tokens)
+        following = [*(block.norm_before for block in self.blocks[1:]), module.layernorm]
+        for number, (block, norm) in enumerate(zip(self.blocks, following), 1):
+            for stage, add, norm_behind in (("attention", block.attend, block.norm_after), ("MLP", block.mlp, norm)):
+                left, normed = block.add(add(normed), tokens, norm_behind)
+                tokens = watch(f"layer {number} {stage}", left)
+                if tokens is not left:  # something else goes on: its norm by the same way
+                    _, normed = block.add(torch.zeros_like(tokens), tokens, norm_behind)
+            kept |= {str(number): tokens} if str(number) in layers else {}
+            kept |= {f"{number}_normed": module.layernorm(tokens)} if f"{number}_normed" in layers else {}
+        hidden = watch("final norm", normed)
+        return Outputs(hidden, None if module.pooler is None else module.pooler(hidden), kept)
+
+
+class FoldedPatches:
+    """Patch embedding of raw pixels [N, 3, H, W], strided as uint8 crops are, as one matrix product.
+
+    Normalisation is folded into weight and bias in float64. No permutation, no convolution, so no HF32 or TF32 either.
+    Pixels are centred first: left between 0 and 255, their mean would cancel against the bias and cost digits.
+    """
+
+    def __init__(self, projection: torch.nn.Conv2d, preprocess: Preprocess) -> None:
+        weight = projection.weight.detach().cpu().double()
+        std = torch.tensor(preprocess.std, dtype=torch.float64).view(1, 3, 1, 1)
+        mean = torch.tensor(preprocess.mean, dtype=torch.float64).view(1, 3, 1, 1)
+        folded = weight * (preprocess.rescale_factor / std)
+        bias = projection.bias.detach().cpu().double() + (folded * (128 - mean / preprocess.rescale_factor)).sum((1, 2, 3))
+        self.patch_size = projection.weight.shape[-1]
+        self.weight = folded.permute(0, 2, 3, 1).flatten(1).to(projection.weight)
+        self.bias = bias.to(projection.bias)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        count, _, height, width = pixels.shape
+        rows, columns = height // self.patch_size, width // self.patch_size
+        patches = (pixels.permute(0, 2, 3, 1).to(self.weight.dtype) - 128).reshape(count, rows, self.patch_size, columns, -1)
+        patches = patches.transpose(2, 3).reshape(count, rows * columns, -1)
+        return torch.nn.functional.linear(patches, self.weight, self.bias)
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, fused: bool) -> torch.Tensor:
+    """softmax(query key^T / sqrt(d)) value without a mask; all [N, T, heads, d]. `fused`: by the NPU's kernel.
+
+    Its layout BSND needs no copy; sync=True leaves out the event with which torch_npu 2.9.0 forks a stream that no graph
+    capture can join. A mask of all true, as transformers gives a ViT while it is traced, would cost SDPA its fast kernels.
+    """
+    scale = query.shape[-1] ** -0.5
+    if fused:
+        kernel = sys.modules["torch_npu"].npu_fusion_attention
+        return kernel(query, key, value, query.shape[2], "BSND", scale=scale, sync=True)[0]
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
+
+
+class Block:
+    """A layer of transformers' ViT as what it computes, each step as the levers have it; tokens are [N, T, D]."""
+
+    def __init__(self, layer: torch.nn.Module, heads: int, levers: Sequence[str]) -> None:
+        linears = [part for part in layer.modules() if isinstance(part, torch.nn.Linear)]
+        self.query, self.key, self.value, self.out, self.up, self.down = linears  # in this order in transformers 4 and 5
+        self.activation = layer.mlp.activation_fn if hasattr(layer, "mlp") else layer.intermediate.intermediate_act_fn
+        self.norm_before, self.norm_after, self.heads, self.levers = (
+            layer.layernorm_before,
+            layer.layernorm_after,
+            heads,
+            levers,
+        )
+        if "stacked_qkv" in levers:
+            self.stacked = _stack(linears[:3])
+        if "fused_mlp" in levers:
+            self.columns = [part.weight.t().contiguous() for part in (self.up, self.down)]
+
+    def attend(self, normed: torch.Tensor) -> torch.Tensor:
+        """What the attention adds to the tokens whose norm it is given."""
+        count, length, width = normed.shape
+        if "stacked_qkv" in self.levers:
+            parts = torch.nn.functional.linear(normed, *self.stacked).view(count, length, 3, self.heads, -1).unbind(2)
+        else:
+            parts = [part(normed).view(count, length, self.heads, -1) for part in (self.query, self.key, self.value)]
+        return self.out(attention(*parts, "fused_attention" in self.levers).reshape(count, length, width))
+
+    def mlp(self, normed: torch.Tensor) -> torch.Tensor:
+        """What the MLP adds to the tokens whose norm it is given."""
+        if "fused_mlp" in self.levers:
+            biases = {"bias1": self.up.bias, "bias2": self.down.bias}
+            return sys.modules["torch_npu"].npu_ffn(normed, *self.columns, "gelu", **biases, inner_precise=0)
+        return self.down(self.activation(self.up(normed)))
+
+    def add(self, more: torch.Tensor, tokens: torch.Tensor, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
+        """more + tokens, and the norm of it."""
+        if "fused_norms" in self.levers:
+            kernel = sys.modules["torch_npu"].npu_add_layer_norm
+            normed, _mean, _spread, added = kernel(more, tokens, norm.weight, norm.bias, norm.eps, True)
+            return added, normed
+        added = more + tokens
+        return added, norm(added)
+
+
+def _stack(linears: Sequence[torch.nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights and biases of linear layers as those of one, of which they become views."""
+    weight, bias = (torch.cat([getattr(part, name) for part in linears]).detach() for name in ("weight", "bias"))
+    for place, part in enumerate(linears):
+        rows = slice(place * len(part.weight), (place + 1) * len(part.weight))
+        part.weight.data, part.bias.data = weight[rows], bias[rows]
+    return weight, bias
