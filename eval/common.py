@@ -17,10 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import inference  # first of all: it sets what must precede torch
-from inference import Device, UsageError, log, torch
+import torch
+from inference import Device, UsageError, log
 
 from measures import finite_or_null
 
@@ -130,26 +131,28 @@ def ask_child(
 
 
 @contextmanager
-def keeping(args: argparse.Namespace, result: dict[str, Any]) -> Iterator[Callable[..., None]]:
+def keeping(args: argparse.Namespace, result: dict[str, Any], device: Device) -> Iterator[Callable[..., None]]:
     """Gives a function that adds what was measured to `result` and saves it: whatever ends the block, the last line says where.
 
-    The file is NAME_partial.json beside the whole result, which it never replaces; it goes when all is done.
+    The file is NAME_partial.json beside the whole result, which it never replaces; it goes when all is done. Nothing is saved
+    once the device has stopped computing.
     """
     path = args.results / f"{inference.result_name(f'{args.script}_partial', result['device'])}.json"
     kept = "nothing was measured yet"
-    inference.stopping.last_words = f"stopped; {kept}"
 
     def keep(**measured: Any) -> None:
         nonlocal kept
+        inference.require_computing(device)
         result.update(finite_or_null(measured))
         inference.write_json(path, {"partial": True} | result)
         kept = f"what was measured so far is in {inference.relative_to_root(path)}"
-        inference.stopping.last_words = f"stopped; {kept}"
 
     try:
         yield keep
     except UsageError as error:
         raise UsageError(f"{error}; {kept}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {kept}") from None
     except Exception as error:
         raise RuntimeError(f"{type(error).__name__}: {inference.first_line(error)}; {kept}") from error
     path.unlink(missing_ok=True)

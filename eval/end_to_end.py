@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import io
 import math
 import statistics
 import sys
@@ -13,14 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import inference
 import numpy as np
-from inference import LoadedModel, UsageError, log, time_once, torch
+import torch
+from inference import LoadedModel, UsageError, log, time_once
 from PIL import Image, ImageOps
 
 import embed
+from bulk.decoding import Decoder, default_num_workers
+from bulk.encoder import Encoder
+from bulk.rounds import RunLock
+from bulk.sources import list_sources
 from common import FEATURES, SAMPLES, ChildError, Column, ask_child, log_table, sample_crops
 
 FIXED_SHARE = 0.05  # of a turn over a folder, at most, where the turn is long enough
@@ -45,6 +52,14 @@ SCALE_COLUMNS = (
     Column("1 million on one (h)", "一百万张，1 卡（h）", "million_h", ",.1f"),
     Column("1 billion on 8 (h)", "十亿张，8 卡（h）", "billion_8_h", ",.0f"),
     Column("1 billion on 64 (h)", "十亿张，64 卡（h）", "billion_64_h", ",.0f"),
+)
+
+DECODED = ((512, 384), (1024, 768), (4000, 3000))  # small photos, and one of a phone
+DECODING_COLUMNS = (
+    Column("Photo", "照片", "photo"),
+    Column("exact, images/s of a core", "exact，单核图片/秒", "exact_images_per_s", ".2f"),
+    Column("fast, images/s of a core", "fast，单核图片/秒", "fast_images_per_s", ".2f"),
+    Column("Times as fast (median of paired turns)", "快几倍（成对轮次的中位数）", "ratio", ".2f"),
 )
 
 
@@ -105,6 +120,39 @@ def measure_cold_start(model: LoadedModel, checkpoint: Path, rounds: int) -> dic
     return seconds | {"peak_memory_mb": memory}
 
 
+# --- decoding, in both ways ---
+
+
+def measure_decoding(preprocess: inference.Preprocess, turn_s: float, rounds: int) -> list[dict[str, Any]]:
+    """Rows for DECODING_COLUMNS: a JPEG's bytes to a crop, by --decode exact and fast in turns, in one thread."""
+    if preprocess.resample not in inference.FAST_FILTERS:
+        return []
+    threads, rows = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        for size in DECODED:
+            with Image.open(SAMPLES / "coffee.jpg") as photo, io.BytesIO() as file:
+                ImageOps.fit(photo.convert("RGB"), size).save(file, "jpeg", quality=90)
+                data = file.getvalue()
+            ways = {way: dataclasses.replace(preprocess, decode=way) for way in inference.DECODES}
+            turns = [{way: decoding_rate(data, chosen, turn_s) for way, chosen in ways.items()} for _ in range(rounds)]
+            row = {f"{way}_images_per_s": statistics.median(turn[way] for turn in turns) for way in ways}
+            ratio = statistics.median(turn["fast"] / turn["exact"] for turn in turns)
+            rows.append({"photo": f"{size[0]} x {size[1]}"} | row | {"ratio": ratio})
+    finally:
+        torch.set_num_threads(threads)
+    return rows
+
+
+def decoding_rate(data: bytes, preprocess: inference.Preprocess, turn_s: float) -> float:
+    """Crops a second of one image's bytes."""
+    count, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < turn_s or not count:
+        inference.crop_uint8(inference.decode(data, preprocess.least_edge), preprocess)
+        count += 1
+    return count / elapsed
+
+
 # --- a folder of photos ---
 
 
@@ -125,15 +173,17 @@ def ways_through(model: LoadedModel, plain: LoadedModel, execution: str, folder:
     import transformers
     from transformers.image_utils import load_image
 
-    batch, device = inference.default_batch_size(model.device), model.device.torch_device
+    batch, device = inference.default_batch_size(model.device.kind), model.device.torch_device
     processor = library_processor(model.preprocess)
-    encoder, crops = inference.Encoder(model, FEATURES, batch, execution), sample_crops(model.preprocess)
+    encoder, crops = Encoder(model, FEATURES, batch, execution), sample_crops(model.preprocess)
+    num_workers = default_num_workers(model.device.kind, batch, model.preprocess.image_size)
     pipeline = transformers.pipeline("image-feature-extraction", model=plain.module, image_processor=processor, device=device)
 
     def bulk_run(paths: list[str]) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as output:
             flags = ["--image_path", "photos", "--output", output, "--batch_size", str(batch), "--execution", execution]
-            embed.embed(embed.make_parser().parse_args(flags), embed.list_images(paths), model)
+            with RunLock(output) as lock, Decoder(model.preprocess, batch, num_workers) as decoder:
+                embed.embed(embed.make_parser().parse_args(flags), list_sources(paths), model, lock, decoder)
 
     def plain_loop(paths: list[str]) -> None:
         for first in range(0, len(paths), batch):
@@ -144,10 +194,10 @@ def ways_through(model: LoadedModel, plain: LoadedModel, execution: str, folder:
             torch.cat([hidden[:, 0], hidden[:, 1:].mean(1)], 1).float().cpu()
 
     def decoding_alone(paths: list[str]) -> None:
-        images = embed.list_images(paths)
-        bulk = embed.Bulk(images, folder, len(images), {}, "float32")
-        for _batch in embed.decoding_loader(model, embed.KeyBatches(bulk, bulk.parts, batch), None):
-            pass
+        keys = list(list_sources(paths).files)
+        with Decoder(model.preprocess, batch, num_workers) as decoder:
+            for _batch in decoder.decode(keys[first : first + batch] for first in range(0, len(keys), batch)):
+                pass
 
     def computing_alone(paths: list[str]) -> None:
         for first in range(0, len(paths), batch):
@@ -224,7 +274,7 @@ def measure_end_to_end(model: LoadedModel, args: argparse.Namespace, keep: Calla
         folder = Path(name)
         log.info("Cold start ...")
         # A plain copy on the CPU, in float32 as the real checkpoint is: a device's tensors, and levers, cannot be saved.
-        plain = inference.load_as_asked(args, inference.open_device("cpu"), dtype="float32", levers=())
+        plain = inference.load_as_asked(args, inference.open_device("cpu"), dtype="float32")
         plain.module.save_pretrained(folder / "checkpoint")
         del plain  # its memory is the measurement's
         cold_start = measure_cold_start(model, folder / "checkpoint", args.rounds)
@@ -233,7 +283,7 @@ def measure_end_to_end(model: LoadedModel, args: argparse.Namespace, keep: Calla
         log.info(f"Making {args.end_to_end} photos of {args.megapixels[0]:g} to {args.megapixels[1]:g} megapixels ...")
         mean_size = make_photos(folder / "photos", args.end_to_end, args.megapixels)
         paths = sorted(map(str, (folder / "photos").iterdir()))
-        ways = ways_through(model, inference.load_as_asked(args, model.device, levers=()), args.execution, folder)
+        ways = ways_through(model, inference.load_as_asked(args, model.device), args.execution, folder)
         rows = measure_folder(model.device, ways, paths, args.rounds, args.turn_seconds)
         found = {"images": len(paths), "megapixels_mean": mean_size, "rows": rows}
         keep(end_to_end={"cold_start": cold_start, "folder": found})

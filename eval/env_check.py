@@ -15,7 +15,6 @@ cannot be written; 70 an error nobody foresaw; 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import platform
 import re
@@ -28,19 +27,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
 ENVIRONMENT = dict(os.environ)  # the user's own: what is imported below adds to it
-STOPPED = "stopped; run it again"
 MISSING: str | None = None  # on a bare host this script still says what to install
 
 from stacks import CANN_PACKAGES, find_cann, install_advice, installed, pairing, stack_for, unmet
 
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # as inference.py has it, before torch
 try:
-    import inference  # first of all: it sets what must precede torch
-    from inference import Blocked, UsageError, torch
-except ImportError as error:
+    import numpy  # noqa: F401
+    import PIL  # noqa: F401
+    import torch
+except (ImportError, OSError) as error:  # a library that torch needs may be missing
     MISSING = str(error)
-except KeyboardInterrupt:
-    print(STOPPED, file=sys.stderr)
-    raise SystemExit(130) from None
+else:
+    import inference
+    from inference import Blocked, UsageError
 
 LOCKS = ROOT / "locked_models.md"
 LOCK_HEADING = "| model | file | bytes | sha256 |"
@@ -126,10 +126,34 @@ def find_npu() -> dict[str, Any]:
     try:
         device = inference.open_device("npu")
         found = {"npu_model": device.name, "npu_count": torch.npu.device_count()}
-        return found | {"npu_status": "available", "npu_blocked_reason": None}
+        return found | {"npu_status": "available", "npu_blocked_reason": None, "what_to_do": None}
     except Exception as error:  # noqa: BLE001 (whatever is wrong with a machine is what this script is there to tell)
-        reason = str(error) if isinstance(error, Blocked) else inference.first_line(error)
-        return {"npu_model": None, "npu_count": None, "npu_status": "blocked", "npu_blocked_reason": reason}
+        blocked = error if isinstance(error, Blocked) else inference.explain_npu(error, "the NPU cannot be used")
+        found = {"npu_model": None, "npu_count": None, "npu_status": "blocked", "npu_blocked_reason": str(blocked)}
+        return found | {"what_to_do": blocked.remedy}
+
+
+IMPORTS = """
+import logging, sys
+sys.path.insert(0, sys.argv[1])
+import inference
+inference.log.addHandler(logging.StreamHandler(sys.stdout))
+try:
+    inference.import_transformers("cpu")
+except inference.UsageError as error:
+    print(error)
+"""
+
+
+def imports_fit() -> list[str]:
+    """What the bundle says when it imports what it needs, in a process of its own: packages that are broken or not needed."""
+    command = [sys.executable, "-c", IMPORTS, str(ROOT)]
+    try:
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, errors="replace", timeout=300)
+    except subprocess.TimeoutExpired:
+        return ["importing transformers takes over five minutes"]
+    crashed = [done.stderr.strip().rpartition("\n")[2]] if done.returncode else []
+    return [*done.stdout.splitlines(), *crashed]
 
 
 def collect() -> dict[str, Any]:
@@ -137,7 +161,13 @@ def collect() -> dict[str, Any]:
     npu, cann, found = find_npu(), find_cann(os.environ), inference.versions()
     together = pairing(torch.__version__, found["torch_npu"], cann.number)[1] if found["torch_npu"] else None
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    advice = [*filter(None, [cann.note]), *variables_fit(ENVIRONMENT), *unmet(requirements, "requirements.txt")]
+    what_to_do = npu.pop("what_to_do")
+    advice = [
+        *filter(None, [what_to_do if found["torch_npu"] else None, cann.note]),
+        *imports_fit(),
+        *variables_fit(ENVIRONMENT),
+    ]
+    advice += unmet(requirements, "requirements.txt")
     if cann.reported:
         stack = stack_for(cann.number)
         needed = [*CANN_PACKAGES, *([stack.numpy] if stack else [])]
@@ -228,6 +258,8 @@ def destination(args: argparse.Namespace, info: dict[str, Any]) -> tuple[Path, P
     """Where JSON and log go: a BLOCKED machine replaces neither the record of an NPU nor one of its like."""
     folder = Path(args.results_dir or ROOT / "results")
     record, blocked = inference.read_record(folder / "env_info.json"), info["npu_status"] == "blocked"
+    if inference.STAND_IN in str(info["npu_model"]):
+        return ROOT / "results/trial/env_info.json", Path(args.output_log or ROOT / "logs/trial/env_check.log")
     works = blocked and record.get("npu_status") == "available"
     same = blocked and "npu_blocked_reason" in record and _gist(record) == _gist(info)
     below, suffix = ("trial" if (works or same) and not args.publish else ""), ("_cpu" if works else "")
@@ -247,17 +279,16 @@ def lock_weights(given: str) -> list[str]:
     """Record the files of the weights at `given` in locked_models.md. Returns a line for each file."""
     path = Path(given).expanduser()
     path = path if path.exists() else ROOT / given
-    if not (path.suffix == ".pth" and path.is_file()) and not any(path.glob("*.safetensors")):
-        raise UsageError(f"--lock_weights {given}: no weights there; name a folder with *.safetensors, or a .pth file")
+    if not any(path.glob("*.safetensors")):
+        raise UsageError(f"--lock_weights {given}: no weights there; name a folder with *.safetensors")
     # Loaded first: what the loader refuses, such as a truncated file, must not become the record.
     inference.log.setLevel("ERROR")  # what differs from the record is an error here, told below
-    model = inference.load_model(inference.open_device("cpu"), str(path), allow_unlocked=True, levers=())
+    model = inference.load_model(inference.open_device("cpu"), str(path), allow_unlocked=True)
     if model.name not in {card.hub_id for card in inference.CARDS}:
         raise UsageError(f"--lock_weights {given}: this is {model.name}, no Web-SSL MAE encoder; nothing was recorded")
     if model.weights.note:
         raise UsageError(f"--lock_weights {given}: the checkpoint {model.weights.note}; nothing was recorded")
-    folder = path if path.is_dir() else path.parent
-    found = {name: ((folder / name).stat().st_size, digest.result()) for name, digest in model.weights.files.items()}
+    found = {name: ((path / name).stat().st_size, digest.result()) for name, digest in model.weights.files.items()}
     updated = update_locks(LOCKS.read_text(encoding="utf-8"), model.name, found)
     with inference.replacing(LOCKS) as file:
         file.write(updated.encode("utf-8"))
@@ -288,7 +319,7 @@ def update_locks(text: str, model: str, files: Mapping[str, tuple[int, str]]) ->
 
 def make_parser() -> inference.ArgumentParser:
     parser = inference.ArgumentParser(__doc__)
-    parser.add_argument("--lock_weights", metavar="PATH", help="record these weights (a folder or a .pth) in locked_models.md")
+    parser.add_argument("--lock_weights", metavar="PATH", help="record the weights in this folder in locked_models.md")
     parser.add_argument("--output_log", metavar="FILE", help="write the text to FILE (default: logs/env_check.log)")
     parser.add_argument("--results_dir", metavar="DIR", help="folder for env_info.json (default: results/)")
     parser.add_argument("--publish", action="store_true", help="write results/ and logs/ also where the NPU is BLOCKED")
@@ -314,21 +345,13 @@ def check(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        if MISSING:
-            raise ImportError(MISSING)
-        args = make_parser().parse_args(argv)
-        importlib.import_module("torch")
-    except (ImportError, OSError) as error:  # a library that torch needs may be missing
+    if MISSING:
         advice = install_advice(installed("torch"), installed("torch_npu"), find_cann(ENVIRONMENT))
-        print(f"error: {error}. To install: {advice}", file=sys.stderr)
+        print(f"error: {MISSING}. To install: {advice}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
-        return 130
-    inference.stopping.last_words = STOPPED
-    return inference.guarded("env_check", lambda: check(args))
+    args = make_parser().parse_args(argv)
+    return inference.guarded("env_check", lambda: check(args), "stopped; run it again")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main()) if MISSING else inference.leave(main())

@@ -17,6 +17,7 @@ Exit codes: 0 PASS; 1 FAIL; 2 wrong usage or unusable input; 3 BLOCKED: the devi
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import time
@@ -27,15 +28,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import inference  # first of all: it sets what must precede torch
 import numpy as np
-from inference import Device, LoadedModel, UsageError, log, torch
+import torch
+from inference import Device, LoadedModel, UsageError, log
 from PIL import Image
 
 import stages
 import worth
+from bulk import levers
 from common import SAMPLES, Column, keeping, log_table, positive_float
 from measures import FAITHFUL, FORMULAS, LABELS, OUTPUTS, begins, dual_thousandth, judge, passes, yardstick
 from stages import GOLDEN, PLAIN, Arithmetic, outputs_of
@@ -69,14 +72,15 @@ class Run:
         return judge(found, self.expected, self.truth, bars, self.reference.pooler == "trained")
 
 
-def evaluate(args: argparse.Namespace, device: Device) -> int:
+def evaluate(args: argparse.Namespace) -> int:
     """Run the whole evaluation, write log and result, and return the exit code. Whatever ends it early, its steps are kept."""
+    device = inference.open_as_asked(args)
     paths, photos = read_photos(args.image_path)
     reference = inference.open_device("cpu" if args.reference == "golden" else args.reference)
     if reference.torch_device == device.torch_device and args.reference != "golden":
         log.info(f"{device.torch_device} is not compared with itself: the reference is float64 on the CPU")
         args.reference = "golden"
-    model = inference.load_from_args(args, device)
+    model = levers.load_from_args(args, device)
     log.info(f"Loading image: {paths[0]}" if len(paths) == 1 else f"Loading {len(paths)} images")
     against = {"device": reference.kind, "device_name": reference.name, "dtype": "float32"}
     if args.reference == "golden":
@@ -92,12 +96,15 @@ def evaluate(args: argparse.Namespace, device: Device) -> int:
         "stages": [],
         **inference.provenance(args, model),
     }
-    with keeping(args, result) as keep:
+    with keeping(args, result, device) as keep:
         run = prepare(args, model, paths, reference)
         compare_device(run, model, result, keep)
         run.task = worth.prepare_task(args, photos, run.reference, run.seconds)
         keep(worth=worth.measure_worth(run.task, model, asked(args)))
         log_table(worth.WORTH_COLUMNS, worth.worth_rows(result))
+        keep(decode_fast=worth.measure_fast(paths, photos, run.reference, run.task, run.plain))
+        log.info("What --decode fast costs:")
+        log_table(worth.FAST_COLUMNS, worth.fast_rows(result))
         if args.sweep:
             sweep(run, result, keep)
         if args.recipe:
@@ -194,6 +201,7 @@ def sweep(run: Run, result: dict[str, Any], keep: Callable[..., None]) -> None:
         try:
             row |= sweep_row(run, arithmetic)
         except (RuntimeError, UsageError) as error:  # an operator that the device lacks in this dtype, or too little memory
+            inference.raise_if_lost(error)
             row |= {"overall": "not available", "reason": inference.first_line(error)}
         rows.append(row)
         keep(sweep=rows, recommended=recommend(rows))
@@ -238,20 +246,34 @@ def recommend(rows: Sequence[dict[str, Any]]) -> str | None:
     return max(kept, key=lambda row: row["throughput_img_s"])["arithmetic"] if kept else None
 
 
+class CastingBlock(levers.Block):
+    """A layer that computes in the dtype of its weights, whatever the one before it left."""
+
+    def __init__(self, layer: torch.nn.Module, heads: int, used: Sequence[str]) -> None:
+        super().__init__(layer, heads, used)
+        self.norm_before, self.norm_after = casting(self.norm_before), casting(self.norm_after)
+
+    def add(self, more: torch.Tensor, tokens: torch.Tensor, norm: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().add(more, tokens.to(more.dtype), norm)
+
+
+def casting(norm: torch.nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A layer norm of tokens in any dtype."""
+    return lambda tokens: norm(tokens.to(norm.weight.dtype))
+
+
 def mixed_model(args: argparse.Namespace, device: Device, first: int, last: int) -> LoadedModel:
     """bfloat16 with the `first` and the `last` layers, the embeddings and the final norm in float32."""
-    levers = [lever for lever in ("fused_attention",) if lever not in args.without]
-    model = inference.load_as_asked(args, device, dtype="float32", levers=levers)
-    layers = inference.layers_of(model.module)
+    model = inference.load_as_asked(args, device, dtype="float32")
+    used = [lever for lever in levers.fitting(model, levers.asked_levers(args)) if lever == "fused_attention"]
+    layers, heads = inference.layers_of(model.module), model.module.config.num_attention_heads
     for layer in layers[first : len(layers) - last]:
         layer.to(torch.bfloat16)
-
-    def cast(dtype: torch.dtype) -> Callable[..., tuple]:
-        return lambda _part, inputs: (inputs[0].to(dtype), *inputs[1:])
-
-    for part in (*layers, model.module.layernorm):
-        part.register_forward_pre_hook(cast(next(part.parameters()).dtype))
-    return model
+    norm = model.module.layernorm
+    norm.register_forward_pre_hook(lambda _norm, inputs: (inputs[0].to(norm.weight.dtype),))
+    lean = levers.Lean(model, used)
+    lean.blocks = [CastingBlock(layer, heads, used) for layer in layers]
+    return dataclasses.replace(model, levers=(*used, "mixed_precision"), lean=lean)
 
 
 def find_recipe(run: Run, keep: Callable[..., None]) -> None:
@@ -268,6 +290,7 @@ def find_recipe(run: Run, keep: Callable[..., None]) -> None:
             try:
                 row, _ = speed_and_error(run, mixed_model(run.args, run.device, first, last), arithmetic)
             except (RuntimeError, UsageError) as error:
+                inference.raise_if_lost(error)
                 row = {"overall": "not available", "reason": inference.first_line(error)}
             tried[first, last] = {"first": first, "last": last} | row
             tell()
@@ -283,8 +306,11 @@ def find_recipe(run: Run, keep: Callable[..., None]) -> None:
 
 OUTPUT_COLUMNS = (
     Column("Output", "输出", "label"),
-    Column("Filtered MRE (%)", "过滤后平均相对误差（%）", "relative_error.filtered_mean_relative_error", ".4f", 100),
-    Column("Cosine", "余弦相似度", "cosine_similarity", ".9f"),
+    Column("Filtered MRE (%)", "过滤后（%）", "relative_error.filtered_mean_relative_error", ".4f", 100),
+    Column("MRE (%)", "平均相对误差（%）", "relative_error.mean_relative_error", ".4f", 100),
+    Column("Max abs.", "最大绝对误差", "relative_error.max_absolute_error", ".2e"),
+    Column("Mean abs.", "平均绝对误差", "relative_error.mean_absolute_error", ".2e"),
+    Column("Cosine", "余弦相似度", "cosine_similarity", ".7f"),
     Column("Relative L2", "相对 L2 误差", "relative_l2_error", ".2e"),
     Column("Median token", "词元中位数", "median_token_relative_l2_error", ".2e"),
     Column("p99 token", "词元第 99 百分位", "p99_token_relative_l2_error", ".2e"),
@@ -426,6 +452,7 @@ def make_parser() -> inference.ArgumentParser:
     add("--views", type=count_of_images, metavar="N", help=views)
     digits = f"scikit-learn's digits for the linear probe, 0 for none (default: {worth.DIGITS} {fits})"
     add("--probe", type=count_of_images, metavar="N", help=digits)
+    levers.add_lever_arguments(parser)
     inference.add_model_arguments(parser)
     return parser
 
@@ -435,4 +462,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    inference.leave(main())

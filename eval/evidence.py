@@ -5,7 +5,7 @@
 
 Tables stand between the markers <!-- evidence:NAME --> and <!-- /evidence:NAME -->. A figure comes from a file or it is not
 there: what is missing says "not measured", or BLOCKED with the reason that a run has recorded. Refused are results of the
-simulated NPU, of another model, and with a path of somebody's machine. --check prints what does not follow from the files.
+stand-in for CANN, of another model, and with a path of somebody's machine. --check prints what does not follow from the files.
 
 Exit codes: 0 done, or nothing has drifted; 1 --check found drift; 2 wrong usage, or a file that is not what it should be;
 70 an error nobody foresaw (its traceback is in logs/trial/evidence.log); 130 stopped.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import inference
 from inference import UsageError
 
+import checked
 import end_to_end
 import eval_accuracy
 import eval_performance
@@ -43,7 +45,16 @@ RUN = "python eval/evidence.py"
 READMES = {"README.md": "en", "README.zh.md": "zh"}
 DETAILS_PAGE = "results/README.md"
 SUBMISSION = "results/git_submit.json"
-OTHERS = ("env_info", "env_info_cpu", "git_submit", "install_resolution", "published/env_info")
+ON_THE_STAND_IN = (checked.NAME, checked.BESIDE_MSPROBE)  # whose device it is
+OTHERS = (
+    "env_info",
+    "env_info_cpu",
+    "git_submit",
+    "install_resolution",
+    "published/env_info",
+    *ON_THE_STAND_IN,
+    tables.TRAINED,
+)
 # An absolute path that a system does not come with.
 OWN_PATH = re.compile(r"(?<![\w.~:/-])/(?!usr/|dev/|proc/|opt/|etc/|lib)[\w.-]+/[\w./-]+|\b[A-Z]:\\")
 
@@ -69,14 +80,14 @@ class Evidence:
 def read_evidence(root: Path) -> Evidence:
     """Read results/. Raises UsageError naming the file that is malformed or no evidence."""
     kinds: dict[str, str | None] = dict.fromkeys((*OTHERS, *(PUBLISHED + name for name in CHECKS)))
-    for name, kind in itertools.product((*CHECKS, "tuned"), KINDS):
+    for name, kind in itertools.product((*CHECKS, "tuned", "pca"), KINDS):
         kinds |= {inference.result_name(stem, kind): kind for stem in (name, f"{name}_partial")}
     records = {}
     for stem, kind in kinds.items():
         path = f"results/{stem}.json"
         if (root / path).is_file():
             records[stem] = inference.read_json(root / path, path)
-            if refusal := refuse(records[stem], kind):
+            if refusal := refuse(records[stem], inference.STAND_IN if stem in ON_THE_STAND_IN else kind):
                 raise UsageError(f"{path}: {refusal}")
     return Evidence(root, records)
 
@@ -86,16 +97,35 @@ def refuse(data: dict[str, Any], kind: str | None) -> str | None:
     text = json.dumps(data, ensure_ascii=False)
     if found := OWN_PATH.search(text):
         return f"it shows a path of somebody's machine ({found[0]}); make it again with a path inside this folder"
-    if "simulated npu" in text.lower():  # the name that it goes by; a file may have it in its name
-        return "made on the simulated NPU, which is no evidence; remove it, or measure on a real one"
+    if inference.STAND_IN in text and kind != inference.STAND_IN:
+        return f"made on the {inference.STAND_IN}, which is no evidence; remove it, or measure on a real NPU"
     if kind and data.get("device") != kind:
         return f"its device is {data.get('device')!r}, and a file of this name is of {kind!r}; make it again with its script"
-    if kind and data.get("status") != "BLOCKED" and data.get("model") != inference.MODEL_NAME:
+    if kind in KINDS and data.get("status") != "BLOCKED" and data.get("model") != inference.MODEL_NAME:
         return f"its model is {data.get('model')!r}, not {inference.MODEL_NAME}; make it again with the card's weights"
     return None
 
 
 # --- results/README.md ---
+
+MOST_STAGES = 10  # of a device; the rest, fifty that are all but alike, is for who opens the JSON
+
+
+def worst_stages(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages with the largest own errors, in the order of the forward pass; null, which was not finite, is the largest."""
+    rows = result.get("stages") or []
+    errors = [math.inf if row["own_relative_l2_error"] is None else row["own_relative_l2_error"] for row in rows]
+    worst = sorted(range(len(rows)), key=errors.__getitem__, reverse=True)[:MOST_STAGES]
+    return [rows[place] for place in sorted(worst)]
+
+
+def other_stages(evidence: Evidence) -> list[str]:
+    """A line that says how many stages are not shown, where there are any."""
+    found = {kind: evidence.measured("accuracy_eval", kind) or {} for kind in KINDS}
+    left = {kind: len(data.get("stages") or []) - MOST_STAGES for kind, data in found.items()}
+    told = [f"{count} more of the {KINDS[kind]}" for kind, count in left.items() if count > 0]
+    return [f"The {MOST_STAGES} stages with the largest own errors; the JSON has {', '.join(told)}."] if told else []
+
 
 INFERENCE_COLUMNS = (
     Column("Last hidden state", "最后隐藏层", "last_hidden_shape"),
@@ -108,8 +138,9 @@ DETAILS: tuple[tuple[str, str, Sequence[Column], Callable[[dict], Sequence[dict]
     ("inference", "Inference", INFERENCE_COLUMNS, lambda result: [result]),
     ("accuracy_eval", "Outputs", eval_accuracy.OUTPUT_COLUMNS, eval_accuracy.output_rows),
     ("accuracy_eval", "What arithmetic costs", eval_accuracy.SWEEP_COLUMNS, eval_accuracy.sweep_rows),
-    ("accuracy_eval", "Where the error begins", stages.STAGE_COLUMNS, lambda result: result.get("stages") or []),
+    ("accuracy_eval", "Where the error begins", stages.STAGE_COLUMNS, worst_stages),
     ("accuracy_eval", "What the error is worth", worth.WORTH_COLUMNS, worth.worth_rows),
+    ("accuracy_eval", "What --decode fast costs", worth.FAST_COLUMNS, worth.fast_rows),
     ("accuracy_eval", "The field's yardsticks", eval_accuracy.YARDSTICK_COLUMNS, eval_accuracy.yardstick_rows),
     ("accuracy_eval", "Mixed arithmetic", eval_accuracy.RECIPE_COLUMNS, lambda run: (run.get("recipe") or {}).get("tried", [])),
     ("performance_eval", "Batch sizes", eval_performance.ROW_COLUMNS, eval_performance.rows),
@@ -117,7 +148,9 @@ DETAILS: tuple[tuple[str, str, Sequence[Column], Callable[[dict], Sequence[dict]
     ("performance_eval", "What one would use instead", eval_performance.PEER_COLUMNS, eval_performance.peer_rows),
     ("performance_eval", "A cold start", end_to_end.COLD_COLUMNS, end_to_end.cold_rows),
     ("performance_eval", "A folder of photos", end_to_end.FOLDER_COLUMNS, end_to_end.folder_rows),
+    ("performance_eval", "Many images", end_to_end.SCALE_COLUMNS, end_to_end.scale_rows),
     ("tuned", "Tuning", tune.TUNED_COLUMNS, tune.tuned_rows),
+    ("tuned", "Decoding", end_to_end.DECODING_COLUMNS, lambda result: result.get("decoding") or []),
 )
 # How a result was made.
 SOURCES = (
@@ -130,12 +163,48 @@ NOTES = {
     "What arithmetic costs": "An arithmetic passes above its smallest bar, if its cosine does; it begins where a block errs.",
     "Where the error begins": "A block's own error is what it adds when it is fed float64's input.",
     "What the error is worth": "Neighbours among views of the photos, and a linear probe of digits, beside plain float32's.",
+    "What --decode fast costs": "Plain float32's features of photos and views decoded fast, beside those decoded exactly.",
     "The field's yardsticks": "Errors as multiples of plain float32's, both against float64.",
+    "Batch sizes": "Of limit: the share of the rate of its matrix products alone, the median of paired turns. The published "
+    "percentiles are of ten timings.",
     "The limit": "The rate of the model's matrix products alone, by torch; an engine with faster products may lie above it.",
     "What one would use instead": "Both took turns in one process. The ratio is the median over turns; the two rates beside it "
     "are medians by themselves, and their quotient may differ.",
+    "Many images": "Hours at the measured rate of one device; many are taken as so many times one, which was not measured.",
     "A cold start": "From the process's start to the first feature; medians, the photo and the checkpoint in the file cache.",
 }
+
+
+# What was run over the stand-in for CANN: the record, heading, columns, rows, note.
+STAND_IN_DETAILS: tuple[tuple[str, str, Sequence[Column], Callable[[dict], Sequence[dict]], str], ...] = (
+    (checked.NAME, "Checked against torch_npu", checked.SUMMARY_COLUMNS, checked.summary_rows, checked.PROVES),
+    (
+        checked.NAME,
+        "Ways that were run",
+        checked.MODE_COLUMNS,
+        checked.mode_rows,
+        "Errors of a photo against the CPU's plain float32; operators of one more image.",
+    ),
+    (checked.NAME, "Operators an image", checked.BUDGET_COLUMNS, checked.budget_rows, "Eager, by embed.py, from the trace."),
+    (
+        *(checked.BESIDE_MSPROBE, "Beside msprobe", checked.MSPROBE_COLUMNS, checked.msprobe_rows),
+        "Errors planted in a matrix product: what eval_accuracy.py and Ascend's msprobe, as it comes, say of them.",
+    ),
+)
+
+
+def stand_in_parts(evidence: Evidence) -> Iterator[Part]:
+    """The tables of what ran without an NPU, after how each record was made."""
+    made = None
+    for name, heading, columns, rows_of, note in STAND_IN_DETAILS:
+        found = tables.record_table(evidence, name, columns, rows_of)
+        if found.rows:
+            yield from (f"## {heading}", note)
+            data = evidence.records[name]
+            if made != name:
+                yield f"Made by `{data['command']}` at {data['time_utc']}, commit {data['git_commit']}: {data['model']}."
+            yield found
+            made = name
 
 
 def details_page(evidence: Evidence) -> str:
@@ -147,8 +216,10 @@ def details_page(evidence: Evidence) -> str:
         found = tables.device_table(evidence, name, columns, rows_of, [*KINDS, "published"])
         if found.rows:
             made = [] if name in shown else [tables.device_table(evidence, name, SOURCES, lambda result: [result])]
-            parts += [f"## {heading}", *filter(None, [NOTES.get(heading)]), *made, found]
+            left_out = other_stages(evidence) if rows_of is worst_stages else []
+            parts += [f"## {heading}", *filter(None, [NOTES.get(heading)]), *made, found, *left_out]
             shown.add(name)
+    parts += stand_in_parts(evidence)
     for name in CHECKS:
         if record := evidence.blocked(name):
             parts += [f"## BLOCKED: {name}", f"{tables.plain(record['reason'])}. {tables.plain(record['what_to_do'])}"]
@@ -241,9 +312,9 @@ def make_parser() -> inference.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    inference.stopping.last_words = f"stopped; finish it with: {RUN}"
-    return inference.guarded("evidence", lambda: (check if args.check else write)(inference.ROOT))
+    act = check if args.check else write
+    return inference.guarded("evidence", lambda: act(inference.ROOT), f"stopped; finish it with: {RUN}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    inference.leave(main())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +21,9 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 import eval_accuracy
+import pca
 import stacks
-from tables import CHECKS, KINDS, PUBLISHED, blaming
+from tables import CHECKS, KINDS, PUBLISHED, blaming, stem_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from evidence import Evidence
 
-DRAWING = 5  # raise it when a picture is drawn in another way: then all are drawn anew
+DRAWING = 6  # raise it when a picture is drawn in another way: then all are drawn anew
 DIGEST_KEY = "Source-SHA256"
 FLOOR = 1e-9  # a log scale has no place for an error of 0
 BAR = BAD = "#C00000"
@@ -41,6 +41,8 @@ COLOURS = {
     **{"autocast": "#7B4B94", "bfloat16": "#CC79A7", "float16": "#009E73"},
     **{"leaves it": "#56B4E9", "allowed": "#E69F00", "float32": "#0072B2"},
 }
+NAMES_APART = 1.5  # on a logarithmic axis, so that two names never lie on each other
+LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7B4B94", "#B26A00")
 
 
 def colour_of(arithmetic: str) -> str:
@@ -125,13 +127,13 @@ def draw_series(figure: Figure, series: Sequence[Series], ticks: dict[float, str
 
 
 def photos_of(evidence: Evidence) -> tuple[list[str], list[Path]]:
-    """The kind of device that has a result made with --pca of photos in this folder, and the first six of them."""
+    """The kind of device that has colours of photos in this folder, and the first six of them."""
     for kind in KINDS:
-        data = evidence.measured("inference", kind) or {}
-        names = [data["image_path"]] if isinstance(data.get("image_path"), str) else data.get("image_path", [])[:6]
-        paths = [evidence.root / name for name in names]
-        if data.get("pca") and all(path.is_file() for path in paths):  # a user's own photos are not in this folder
-            return [kind], paths
+        if data := evidence.measured("pca", kind):
+            with blaming(inference.result_name("pca", kind)):
+                paths = [evidence.root / name for name in data["image_path"][:6]]
+            if all(path.is_file() for path in paths):  # a user's own photos are not in this folder
+                return [kind], paths
     return [], []
 
 
@@ -140,19 +142,17 @@ def draw_inference(evidence: Evidence) -> Image.Image:
     kinds, photos = photos_of(evidence)
 
     def draw(figure: Figure, data: dict[str, Any]) -> None:
-        preprocess, pca = inference.Preprocess(**data["preprocess"]), data["pca"]
+        preprocess = inference.Preprocess(**data["preprocess"])
         axes = figure.subplots(2, len(photos), squeeze=False)
-        for photo, colours, (above, below) in zip(photos, pca["colours_hex"], axes.T, strict=False):
-            patches = np.frombuffer(bytes.fromhex(colours), np.uint8)
-            side = math.isqrt(patches.size // 3)
+        for photo, patches, (above, below) in zip(photos, pca.colours_of(data), axes.T, strict=False):
             above.imshow(inference.crops_of([photo], preprocess)[0].numpy())
             above.set_title(photo.name, fontsize=14)
-            below.imshow(patches.reshape(side, side, 3), interpolation="nearest")
-        axes[1][0].set_title(f"PCA {pca['explained_variance_percent']:.1f}%", fontsize=14)
+            below.imshow(patches, interpolation="nearest")
+        axes[1][0].set_title(f"PCA {data['explained_variance_percent']:.1f}%", fontsize=14)
         for one in axes.flat:
             one.set_axis_off()
 
-    return draw_devices(evidence, "inference", draw, kinds)
+    return draw_devices(evidence, "pca", draw, kinds)
 
 
 def draw_accuracy(evidence: Evidence) -> Image.Image:
@@ -181,28 +181,56 @@ def draw_accuracy(evidence: Evidence) -> Image.Image:
 
 
 def draw_performance(evidence: Evidence) -> Image.Image:
-    """Throughput by batch size, beside the limit and, on an NPU, the published run."""
+    """Throughput by batch size of every device and of the published run, on one logarithmic axis, each line with its name."""
+    lines = performance_lines(evidence)
+    if not lines:
+        return draw_devices(evidence, "performance_eval", draw_words)
 
-    def draw(figure: Figure, data: dict[str, Any]) -> None:
-        series = performance_series(data, evidence.measured("performance_eval", "published"))
-        sizes = sorted({size for *_, points in series for size, _ in points})
-        series = [(*rest, [(sizes.index(size), rate) for size, rate in points]) for *rest, points in series]
-        draw_series(figure, series, dict(enumerate(map(str, sizes))), ("batch_size", "img/s")).set_ylim(bottom=0)
+    def draw(figure: Figure) -> None:
+        axes, colours = figure.subplots(), dict(zip(lines, LINE_COLOURS, strict=False))
+        sizes = sorted({size for points in lines.values() for size, _ in points})
+        edge, place = 2 * sizes[-1], 0.0
+        for name, points in sorted(lines.items(), key=lambda line: line[1][-1][1]):
+            axes.plot(*zip(*points, strict=True), "o-", color=colours[name])
+            place = max(points[-1][1], NAMES_APART * place)
+            axes.plot((points[-1][0], edge), (points[-1][1], place), ":", color=colours[name], linewidth=1)
+            where = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 13}
+            axes.annotate(name, (edge, place), color=colours[name], **where)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.set_xlim(sizes[0] / 1.2, edge)
+        axes.yaxis.set_major_formatter(lambda value, _place: f"{value:g}")
+        axes.set_xlabel("batch_size")
+        axes.set_ylabel("img/s")
 
-    return draw_devices(evidence, "performance_eval", draw)
+    return picture(6.5, "results/performance_eval*.json, results/tuned*.json, results/published/", draw)
 
 
-def performance_series(data: dict[str, Any], published: dict[str, Any] | None) -> list[Series]:
-    """Images a second by batch size. The limit is this bundle's rate by its share of it: the shares were measured in turns."""
-    own = {row["batch_size"]: row["throughput_img_s"] for row in data["results"] if "throughput_img_s" in row}
-    shares = {row["batch_size"]: row.get("share_of_limit_percent") for row in data["results"]}
-    limit = [(size, 100 * own[size] / share) for size, share in shares.items() if share]
-    theirs = published["results"] if published and data["device"] == "npu" else []
-    return [
-        ("limit", ".--", QUIET, limit),
-        ("results/published/", "X--", colour_of("leaves it"), [(row["batch_size"], row["throughput_img_s"]) for row in theirs]),
-        ("inference.py", "o-", colour_of(arithmetic_of(data)), list(own.items())),
-    ]
+def drawn_at_random(data: dict[str, Any]) -> str:
+    return ", random weights" if data["weights"]["source"] == "random" else ""
+
+
+def performance_lines(evidence: Evidence) -> dict[str, list[tuple[int, float]]]:
+    """Images a second by batch size, by a line's name. A device without its own evaluation has what tune.py measured."""
+    found = {}
+    for kind, label in {**KINDS, "published": ""}.items():
+        stem = stem_of("performance_eval", kind)
+        if data := evidence.measured("performance_eval", kind):
+            with blaming(stem):
+                name = f"{label} {arithmetic_of(data)}{drawn_at_random(data)}" if label else f"{PUBLISHED} NPU {data['dtype']}"
+                found[name] = [
+                    (row["batch_size"], row["throughput_img_s"]) for row in data["results"] if "throughput_img_s" in row
+                ]
+        elif data := evidence.measured("tuned", kind):
+            with blaming(stem_of("tuned", kind)):
+                for dtype in dict.fromkeys(row["dtype"] for row in data["picks"].values() if row):
+                    rates: dict[int, float] = {}
+                    for row in data["rows"]:
+                        if row.get("within_bar") and row["dtype"] == dtype and not row["allow_hf32"]:
+                            rates[row["batch_size"]] = max(rates.get(row["batch_size"], 0), row["images_per_s"])
+                    found[f"{label} {dtype}{drawn_at_random(data)} (tuned)"] = sorted(rates.items())
+    return {name: points for name, points in found.items() if points}
 
 
 # --- the machine, and what is submitted ---
@@ -246,9 +274,9 @@ def draw_submission(evidence: Evidence) -> Image.Image:
 
 # What draws a picture, and the beginnings of the names of the results that it shows.
 PICTURES: dict[str, tuple[Callable[[Evidence], Image.Image], tuple[str, ...]]] = {
-    "inference_result.png": (draw_inference, ("inference",)),
+    "inference_result.png": (draw_inference, ("pca",)),
     "accuracy_eval_result.png": (draw_accuracy, ("accuracy_eval",)),
-    "performance_eval_result.png": (draw_performance, ("performance_eval", f"{PUBLISHED}performance_eval")),
+    "performance_eval_result.png": (draw_performance, ("performance_eval", "tuned", f"{PUBLISHED}performance_eval")),
     "env_check.png": (draw_environment, ("env_info", f"{PUBLISHED}env_info")),
     "git_submit_result.png": (draw_submission, ("git_submit",)),
 }

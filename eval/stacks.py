@@ -29,12 +29,19 @@ class Stack(NamedTuple):
 
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-# Ascend/pytorch, COMPATIBILITY; 2.9.0.post1 by the published run. Release notes allow each torch_npu here with each CANN here.
+PAIRED_WITH_9_1 = (
+    *("2.9.0.post6", "2.9.0.post8", "2.10.0.post4", "2.10.0.post6"),
+    *("2.11.0", "2.11.0.post2", "2.12.0", "2.12.0.post2"),
+)
+# Ascend/pytorch, COMPATIBILITY to TorchNPU 26.1.1; 2.9.0.post1 by the published run. Of a torch the last one in `paired` is the
+# newest. Release notes allow each torch_npu here with each CANN here.
 STACKS = [
     Stack("8.5", "2.9.0", "2.9.0", "numpy>=1.26,<2", PYTHONS[:3], ("2.9.0", "2.9.0.post1")),
     Stack("9.0", "2.9.0", "2.9.0.post2", "numpy>=1.26,<3", PYTHONS, ("2.9.0.post2", "2.10.0")),
-    Stack("9.1", "2.10.0", "2.10.0.post4", "numpy>=1.26,<3", PYTHONS, ("2.9.0.post6", "2.10.0.post4", "2.11.0", "2.12.0")),
+    Stack("9.1", "2.10.0", "2.10.0.post6", "numpy>=1.26,<3", PYTHONS[:3], PAIRED_WITH_9_1),
 ]
+# torch_npu whose import ends the process, beside PyPI's torch of the same version on x86_64.
+ABORTING = "2.14.0"
 # What CANN's operator compiler imports, beside numpy (hiascend, CANN 8.5.0, instg_0045).
 CANN_PACKAGES = [
     *("decorator>=4.4", "sympy", "cffi", "protobuf==3.20.*", "attrs", "cython", "pyyaml", "pathlib2", "scipy"),
@@ -124,6 +131,11 @@ def pairing(torch_version: str, torch_npu: str, cann: str | None) -> tuple[bool,
         version = ".".join(wanted) + (".*" if parts == 2 else "")
         command = f"pip install {shlex.quote(f'torch=={version}')} --index-url {CPU_INDEX}, or install the whole line"
         return False, f"torch_npu {npu} needs torch {version}, and this is torch {torch_version}: {command}"
+    if npu == ABORTING and platform.machine() == "x86_64":
+        return (
+            False,
+            f"torch_npu {npu} ends the process when it is imported beside PyPI's torch {torch_version}: install another",
+        )
     if cann is None:
         return False, f"CANN's version cannot be told: install CANN, then run: {SET_ENV}"
     both = f"torch_npu {npu} with CANN {cann}"
@@ -132,10 +144,17 @@ def pairing(torch_version: str, torch_npu: str, cann: str | None) -> tuple[bool,
         risk = "; an older CANN may lack its symbols (undefined symbol at import)" if parts == 2 else ""
         return False, f"{both} is not paired in the documents read{risk}"
     if _release(recommended) == _release(cann):
-        return True, f"{both} is a recommended pair"
+        newest = newest_of(npu)
+        return True, f"{both} is a recommended pair" + (f"; the newest for it is {newest}" if newest != npu else "")
     allowed = any(_release(stack.cann) == _release(cann) for stack in STACKS)
     said = "allowed" if allowed else "not in the official matrix"
     return allowed, f"{both} is {said}; the recommended pair is CANN {recommended}"
+
+
+def newest_of(torch_npu: str) -> str:
+    """The newest torch_npu for the same torch and CANN as a recommended one."""
+    stack = next(stack for stack in STACKS if torch_npu in stack.paired)
+    return [other for other in stack.paired if other.split(".")[:3] == torch_npu.split(".")[:3]][-1]
 
 
 # --- what to install ---

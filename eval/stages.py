@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import inference  # first of all: it sets what must precede torch
 import numpy as np
-from inference import Device, LoadedModel, log, torch
+import torch
+from inference import Device, LoadedModel, log
 
+from bulk import levers
 from common import Column
 from measures import finite_or_null, is_at_fault, relative_l2, token_errors
 
@@ -48,6 +50,7 @@ class Arithmetic:
     autocast: str | None = None
     plain: bool = False
     as_left: bool = False
+    extra: tuple[str, ...] = ()  # levers beside those that are on
 
     @contextlib.contextmanager
     def active(self, device: Device) -> Iterator[None]:
@@ -60,8 +63,11 @@ class Arithmetic:
             inference.set_float32_precision(device.kind, device.allow_hf32, device.allow_hf32)
 
     def load(self, args: argparse.Namespace, device: Device) -> LoadedModel:
-        levers = {"levers": ()} if self.plain else {}
-        return inference.load_as_asked(args, device, dtype=self.dtype, exact_gelu=not self.as_left, **levers)
+        changes = {"dtype": self.dtype, "exact_gelu": not self.as_left}
+        if self.plain:
+            return inference.load_as_asked(args, device, **changes)
+        more = argparse.Namespace(**vars(args) | {"with_levers": [*args.with_levers, *self.extra]})
+        return levers.load_as_asked(more, device, **changes)
 
 
 PLAIN = Arithmetic("float32, plain", plain=True)
@@ -76,7 +82,12 @@ def arithmetics(device: Device) -> list[Arithmetic]:
         found.append(Arithmetic(f"float32, as {library} leaves it", hf32=(True, False), plain=True, as_left=True))
         found.append(Arithmetic(f"float32, {rounding} allowed", hf32=(True, True)))
     found += [Arithmetic("float16", "float16"), Arithmetic("bfloat16", "bfloat16")]
-    return [*found, Arithmetic("bfloat16 autocast", autocast="bfloat16", plain=True)]
+    found.append(Arithmetic("bfloat16 autocast", autocast="bfloat16", plain=True))
+    if device.kind == "npu":
+        found.append(Arithmetic("float32, fused norms", extra=("fused_norms",)))
+        found.append(Arithmetic("float16, fused norms", "float16", extra=("fused_norms",)))
+        found.append(Arithmetic("float16, fused MLP", "float16", extra=("fused_mlp",)))
+    return found
 
 
 def with_progress(what: str, batches: Sequence[Any]) -> Iterator[Any]:
@@ -97,16 +108,12 @@ def outputs_of(
     with arithmetic.active(model.device):
         for batch in with_progress(what, crops.split(batch_size)):
             found = inference.forward(model, batch.to(model.device.torch_device))
-            hidden.append(_to_numpy(found.hidden))
-            pooler += [] if found.pooler is None else [_to_numpy(found.pooler)[:, None]]
+            hidden.append(inference.to_numpy(found.hidden))
+            pooler += [] if found.pooler is None else [inference.to_numpy(found.pooler)[:, None]]
     tokens = np.concatenate(hidden)
     mean = tokens[:, 1:].mean(1, keepdims=True, dtype=np.promote_types(tokens.dtype, np.float32))
     named = {"pooler_output": np.concatenate(pooler)} if pooler else {}
     return named | {"last_hidden_state": tokens, "class_token": tokens[:, :1], "mean_patch_token": mean}
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).cpu().numpy()
 
 
 def check_invariance(model: LoadedModel, arithmetic: Arithmetic, crops: torch.Tensor) -> dict[str, Any]:
@@ -128,48 +135,32 @@ def trace(
     model: LoadedModel, arithmetic: Arithmetic, crops: torch.Tensor, feed: dict[str, np.ndarray] | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The state [N, T, D] that each stage leaves, and what the next part is given: the same, or that of `feed`."""
-    module, states, given = model.module, {}, {}
+    states, given = {}, {}
 
-    def leave(stage: str, found: torch.Tensor) -> torch.Tensor:
+    def watch(stage: str, found: torch.Tensor) -> torch.Tensor:
         fed = found if feed is None else torch.from_numpy(feed[stage]).to(found)
-        states[stage], given[stage] = _to_numpy(found), _to_numpy(fed)
+        states[stage], given[stage] = inference.to_numpy(found), inference.to_numpy(fed)
         return fed
 
-    def before(part: torch.nn.Module, stage: str) -> Any:
-        return part.register_forward_pre_hook(lambda _part, inputs: (leave(stage, inputs[0]), *inputs[1:]))
-
-    hooks = [module.embeddings.patch_embeddings.register_forward_hook(lambda _, __, output: leave("patch embedding", output))]
-    last = "position embedding"
-    for number, layer in enumerate(inference.layers_of(module), 1):
-        hooks += [before(layer, last), before(layer.layernorm_after, f"layer {number} attention")]
-        last = f"layer {number} MLP"
-    hooks.append(before(module.layernorm, last))
-    if getattr(module, "pooler", None) is not None:
-        hooks.append(before(module.pooler, "final norm"))
     crops = crops.to(model.device.torch_device)
-    try:
-        with arithmetic.active(model.device):
-            outputs = inference.forward(model, crops)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    states["final norm"] = _to_numpy(outputs.hidden)
+    with arithmetic.active(model.device):
+        outputs = (model.lean or levers.Lean(model, ())).forward(model, crops, (), watch)
     if outputs.pooler is not None:
-        states["pooler"] = _to_numpy(outputs.pooler)[:, None]
+        states["pooler"] = inference.to_numpy(outputs.pooler)[:, None]
     if "folded_patches" not in model.levers:  # there the patch embedding takes raw pixels
         wide = torch.promote_types(model.dtype, torch.float32)
-        pixels = _to_numpy(inference.normalize(crops, model.preprocess, wide))
+        pixels = inference.to_numpy(inference.normalize(crops, model.preprocess, wide))
         states["pixels"] = pixels.reshape(*pixels.shape[:2], -1)
     return states, given
 
 
 def added(states: dict[str, np.ndarray], given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The halves of a layer add to the state before them: attention to what it was given, the MLP to what attention left."""
+    """What each half of a layer adds to what it was given; of other stages, what they leave."""
     gains, start = dict(states), given["position embedding"]
     for stage, state in states.items():
         if stage.startswith("layer"):
             gains[stage] = state.astype(np.float64) - start
-            start = given[stage] if stage.endswith("MLP") else state
+            start = given[stage]
     return gains
 
 
@@ -191,8 +182,7 @@ class Stages:
 
 def prepare_stages(golden: LoadedModel, plain: LoadedModel, crops: torch.Tensor) -> Stages | None:
     """None for a model whose parts are not known (code that came with a checkpoint)."""
-    module = golden.module
-    if not (inference.layers_of(module) and hasattr(module, "embeddings") and hasattr(module, "layernorm")):
+    if not inference.layers_of(golden.module):
         return None
     log.info("Running every block of float64 on its own input ...")
     crops = crops[:STAGE_IMAGES]

@@ -1,4 +1,4 @@
-"""The whole evaluation in one go: environment, inference, accuracy with sweep, performance with end to end, tuning, the page.
+"""The whole evaluation in one go: environment, inference, colours, accuracy, performance, tuning, the page.
 
     python eval/submit.py --device npu
 
@@ -44,7 +44,8 @@ class Step(NamedTuple):
 
 STEPS = (
     Step("environment", "eval/env_check.py", (), None),
-    Step("inference", "inference.py", ("--image_path", "assets/samples", "--pca", "picture.png"), "inference"),
+    Step("inference", "inference.py", ("--image_path", "assets/samples"), "inference"),
+    Step("colours", "eval/pca.py", ("--image_path", "assets/samples"), "pca"),
     Step("accuracy", "eval/eval_accuracy.py", ("--sweep",), "accuracy_eval"),
     Step("performance", "eval/eval_performance.py", ("--end_to_end", "500"), "performance_eval"),
     Step("tuning", "eval/tune.py", (), "tuned"),
@@ -70,7 +71,8 @@ def fingerprint(step: Step, arguments: Sequence[str], args: argparse.Namespace) 
     """Changes with all that a measurement depends on, flags, code, versions, weights, machine, and with what it has written."""
     root, place = inference.ROOT, inference.ROOT / args.model_path
     machine = inference.read_record(root / "results" / "env_info.json")
-    files = [*root.glob("*.py"), *root.glob("eval/*.py"), *(place.iterdir() if place.is_dir() else [place])]
+    code = [path for pattern in ("*.py", "bulk/*.py", "eval/*.py") for path in root.glob(pattern)]
+    files = [*code, *(place.iterdir() if place.is_dir() else [place])]
     files += [root / "results" / f"{inference.result_name(step.result, args.device.partition(':')[0])}.json"]
     digests = [inference.sha256(path) if path.is_file() else None for path in sorted(files)]
     optional = [stacks.installed(name) for name in ("scikit-learn", "onnxruntime", "openvino")]
@@ -96,9 +98,9 @@ def submit(args: argparse.Namespace, flags: Sequence[str]) -> int:
         inference.write_json(record, before | outcomes)
     print("\n" + "\n".join(f"{name:<12} {row['outcome']}" for name, row in outcomes.items()))
     with suppress(UsageError):  # the page's step has told it
-        [audit] = tables.audit(evidence.read_evidence(inference.ROOT))
-        short = tables.Table(audit.headings[:3], [row[:3] for row in audit.rows])  # a terminal has no use for links
-        print(tables.render([short], "en"))
+        audit, *words = tables.audit(evidence.read_evidence(inference.ROOT))
+        short = tables.Table(audit.headings, audit.rows[:-1])  # a terminal has no use for the row of links
+        print(tables.render([short, *words], "en"))
     return max(row["exit_code"] for row in outcomes.values())
 
 
@@ -118,10 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--device auto: name the device that is submitted, such as npu")
     flags = [word for word in words if word != "--again"]
     flags += [] if any(word.startswith("--device") for word in words) else ["--device", args.device]
-    inference.stopping.last_words = "stopped; what is measured is kept: run the same command to go on"
-    inference.stopping.graceful = True
-    return inference.guarded("submit", lambda: submit(args, flags))
+    last_words = "stopped; what is measured is kept: run the same command to go on"
+    return inference.guarded("submit", lambda: submit(args, flags), last_words)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    inference.leave(main())

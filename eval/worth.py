@@ -1,23 +1,28 @@
-"""What an error is worth: do features still find the same neighbours, and does a linear probe still tell digits apart?"""
+"""What an error is worth: do features still find the same neighbours, and does a linear probe still tell digits apart?
+
+And what --decode fast costs, by the same means.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import inference  # first of all: it sets what must precede torch
 import numpy as np
-from inference import LoadedModel, log, torch
+import torch
+from inference import LoadedModel, log
 from PIL import Image, ImageOps
 
 from common import FEATURES, Column
-from measures import LABELS, relative_l2
+from measures import LABELS, relative_l2, token_errors
 from stages import PLAIN, Arithmetic, outputs_of
 
 TASK_KEPT = 0.999  # MLPerf's rule: 99.9% of float32's accuracy
@@ -35,6 +40,16 @@ WORTH_COLUMNS = (
     Column("Digits probe (%)", "数字线性探针（%）", "probe_percent", ".1f"),
     Column("float32's probe (%)", "float32 的探针（%）", "float32_probe_percent", ".1f"),
     Column("Task", "任务精度", "task"),
+)
+
+FAST_COLUMNS = (
+    Column("Feature", "特征", "label"),
+    Column("Photos", "照片数", "photos"),
+    Column("Relative L2", "相对 L2 误差", "relative_l2_error", ".2e"),
+    Column("Worst photo", "最差照片", "worst_photo_relative_l2_error", ".2e"),
+    Column("Views", "视图数", "views"),
+    Column("Relative L2, views", "相对 L2 误差，视图", "views_relative_l2_error", ".2e"),
+    Column("Same nearest (%)", "最近邻一致（%）", "same_nearest_percent", ".1f"),
 )
 
 
@@ -85,7 +100,7 @@ class Task:
 
     def features(self, model: LoadedModel, arithmetic: Arithmetic) -> dict[str, dict[str, np.ndarray]]:
         """Class and mean patch token [N, D] of the views and of the digits."""
-        size, found = inference.default_batch_size(model.device), {}
+        size, found = inference.default_batch_size(model.device.kind), {}
         for what, crops in (("views", self.views), ("digits", self.digits)):
             if len(crops):
                 named = outputs_of(model, arithmetic, crops, size, f"{arithmetic.name}, {what}")
@@ -176,3 +191,44 @@ def worth_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     shared = {key: worth.get(key) for key in ("views", "digits")}
     rows = [{"label": LABELS[name], **shared, **worth[name]} for name in FEATURES if worth.get(name)]
     return [rows[0] | {"task": worth["task"]}, *rows[1:]] if rows else []
+
+
+# --- what --decode fast costs ---
+
+
+def measure_fast(
+    paths: Sequence[str], photos: Sequence[Image.Image], plain: LoadedModel, task: Task, asked: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Plain float32's features of the photos and the task's views, decoded fast, beside those decoded exactly.
+
+    `asked`: its features of the photos, decoded as the flags ask; those of the other way are computed here.
+    """
+    preprocess = plain.preprocess
+    if preprocess.resample not in inference.FAST_FILTERS:
+        return {"unavailable": "not for this checkpoint's filter"}
+    other = dataclasses.replace(preprocess, decode="exact" if preprocess.decode == "fast" else "fast")
+    views = make_views(photos, len(task.views), other) if len(task.views) else task.views
+    computed = Task(views, torch.empty(0), np.empty(0), "").features(plain, PLAIN)
+    found = outputs_of(plain, PLAIN, inference.crops_of(paths, other), 8, f"--decode {other.decode}")
+    result: dict[str, Any] = {"photos": len(paths), "views": len(views)}
+    for name in FEATURES:
+        fast, exact = in_order(other, found[name], asked[name])
+        result[name] = {"relative_l2_error": relative_l2(fast, exact)}
+        result[name]["worst_photo_relative_l2_error"] = float(token_errors(fast, exact).max())
+        if len(views):
+            fast, exact = in_order(other, computed["views"][name], task.baseline["views"][name])
+            result[name]["views_relative_l2_error"] = relative_l2(fast, exact)
+            result[name]["same_nearest_percent"] = neighbour_agreement(fast, exact)[0]
+    return result
+
+
+def in_order(other: inference.Preprocess, computed: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The fast ones first."""
+    return (computed, asked) if other.decode == "fast" else (asked, computed)
+
+
+def fast_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each feature."""
+    found = result.get("decode_fast") or {}
+    shared = {key: found.get(key) for key in ("photos", "views")}
+    return [{"label": LABELS[name], **shared, **found[name]} for name in FEATURES if name in found]
