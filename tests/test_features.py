@@ -1,12 +1,8 @@
-"""From crops to features: the encoder, a run over a few images, what it logs, saves and draws."""
+"""A run over a few photos: what it computes, logs and saves; and the same from Python, by features()."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import sys
-import threading
-import time
 import warnings
 from pathlib import Path
 
@@ -14,7 +10,7 @@ import inference
 import numpy as np
 import pytest
 import torch
-from inference import LEVERS, Encoder, UsageError, load_model, open_device
+from inference import UsageError
 from PIL import Image
 
 from conftest import SAMPLES, TINY
@@ -26,19 +22,6 @@ ROUNDING = 1e-6  # folded patches add up in another order, and no error in metho
 
 def relative_l2(value: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
-
-
-def some_crops(count: int, size: int = TINY["image_size"]) -> torch.Tensor:
-    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
-
-
-def golden(folder: Path, model: inference.LoadedModel, crops: torch.Tensor) -> np.ndarray:
-    """last_hidden_state of transformers' own model in float64."""
-    from transformers import ViTModel
-
-    pixels = inference.normalize(crops, model.preprocess, torch.float64)
-    with torch.inference_mode():
-        return ViTModel.from_pretrained(folder).double()(pixels, interpolate_pos_encoding=True).last_hidden_state.numpy()
 
 
 def hidden_of(model: inference.LoadedModel, crops: torch.Tensor) -> np.ndarray:
@@ -106,7 +89,7 @@ def test_the_result_has_the_published_keys_and_says_what_made_it(run, tiny_folde
     assert result["model"] == f"another model ({size} wide, 3 layers, {heads} heads, patches of 16)"
     assert result["dimensions"] == {name: TINY[name] for name in result["dimensions"]}
     assert len(result["dimensions"]) == 5
-    assert (result["strict_float32"], result["execution"], result["pooler"]) == (True, "eager", "trained")
+    assert (result["strict_float32"], result["pooler"]) == (True, "trained")
 
 
 def test_the_log_reads_like_the_published_one(run, tiny_folder):
@@ -159,7 +142,6 @@ def test_flags_are_taken_with_hyphens_too(run, tiny_folder):
             "--output 'folder': the name must end in .npz; folders are written by e",
         ),
         (["--image_path", "x.jpg", "--output", ""], "--output '': the name must end in .npz"),
-        (["--image_path", "x.jpg", "--pca", "p.gif"], "--pca p.gif: the name must end in .png or .jpg"),
     ],
 )
 def test_wrong_usage_is_one_line_and_2(run, arguments, said):
@@ -169,30 +151,12 @@ def test_wrong_usage_is_one_line_and_2(run, arguments, said):
     assert len(done.terminal.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_close_to_float32(cpu, tiny_folder, tiny, dtype):
-    half = load_model(cpu, str(tiny_folder), dtype)
-    names = ["class_token", "mean_patch_token"]
-    exact, rounded = (Encoder(model, names, 4).submit(some_crops(4))() for model in (tiny, half))
-    for name in names:
-        assert rounded[name].dtype == np.float32
-        assert 1e-5 < relative_l2(rounded[name], exact[name]) < 0.03
-
-
-def test_features_do_not_depend_on_the_batch(tiny):
-    batch = some_crops(9)
-    together = Encoder(tiny, ["class_token"], 9).submit(batch)()["class_token"]
-    for size in (1, 2, 4):
-        apart = Encoder(tiny, ["class_token"], size).submit(batch)()["class_token"]
-        assert relative_l2(apart, together) < 5e-6
-
-
 @pytest.mark.parametrize(("where", "value"), [("hidden", "nan"), ("pooler", "inf")])
 def test_nan_in_the_features_is_an_error_and_never_a_result(run, tiny_folder, tmp_path, monkeypatch, where, value):
     forward = inference.forward
 
-    def poisoned(model, crops, layers=()):
-        outputs = forward(model, crops, layers)
+    def poisoned(*given):
+        outputs = forward(*given)
         bad = getattr(outputs, where).clone()
         bad[-1].view(-1)[5] = float(value)
         return outputs._replace(**{where: bad})
@@ -206,21 +170,6 @@ def test_nan_in_the_features_is_an_error_and_never_a_result(run, tiny_folder, tm
     assert done.terminal.splitlines()[-1].startswith(f"error: {PHOTOS[-1]}: its features in float32 hold NaN or Inf")
     assert done.result is None
     assert not (tmp_path / "f.npz").exists()
-
-
-def test_an_image_is_finite_only_if_all_of_its_tokens_are(tiny, monkeypatch):
-    forward = inference.forward
-
-    def poisoned(*given):
-        outputs = forward(*given)
-        hidden = outputs.hidden.clone()
-        hidden[1, 7, 5] = float("inf")
-        return outputs._replace(hidden=hidden)
-
-    monkeypatch.setattr(inference, "forward", poisoned)
-    found = Encoder(tiny, ["class_token"], 3).submit(some_crops(3))()
-    assert np.isfinite(found["class_token"]).all()
-    assert found["finite"].tolist() == [True, False, True]
 
 
 def test_a_failed_run_leaves_the_older_result_alone(run, tiny_folder, tmp_path):
@@ -247,256 +196,10 @@ def test_a_crash_while_writing_leaves_the_older_file(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(run, tiny_folder, tmp_path):
     (tmp_path / "file").touch()
     common = ("--image_path", PHOTO, "--model_path", tiny_folder, "--device", "cpu")
-    for flags in (["--output", tmp_path / "file" / "f.npz"], ["--pca", tmp_path / "file" / "p.png"]):
-        done = run(*common, *flags)
-        assert done.code == 2
-        assert done.terminal.splitlines()[-1] == f"error: {flags[1]}: cannot be written (File exists)"
-
-
-def test_the_time_is_measured_between_synchronisations(npu, tiny_folder):
-    model = load_model(open_device("npu"), str(tiny_folder))
-    encoder, crops = Encoder(model, ["class_token"], 1), some_crops(1).to("npu")
-    encoder.run(crops)
-    npu.queue.seconds_per_op = 0.001
-    crops.add_(0)  # is not part of what is timed
-    before = npu.queue.count
-    seconds = inference.time_once(model.device, lambda: encoder.run(crops))
-    operators = npu.queue.count - before
-    assert operators > 30
-    assert operators * 0.001 * 0.9 <= seconds
-    npu.queue.seconds_per_op = 0.0
-    crops.add_(0)
-    npu.queue.busy_until = time.perf_counter() + 0.3  # what was queued before is waited for, and not counted
-    assert inference.time_once(model.device, lambda: None) < 0.1
-
-
-def test_the_picture_shows_the_crop_beside_the_components(run, tiny_folder, tmp_path):
-    path = tmp_path / "picture.png"
-    done = run("--image_path", *PHOTOS[:2], "--model_path", tiny_folder, "--device", "cpu", "--pca", path)
-    picture = Image.open(path)
-    assert picture.size == (944, 1032)
-    crop = inference.crop_uint8(Image.open(PHOTOS[0]), inference.Preprocess(64, 64))
-    shown = picture.crop((16, 60, 16 + 448, 60 + 448))
-    assert np.array_equal(np.asarray(shown), np.asarray(Image.fromarray(crop).resize((448, 448), Image.Resampling.BICUBIC)))
-    blocks = np.asarray(picture.crop((480, 60, 480 + 448, 60 + 448))).reshape(4, 112, 4, 112, 3)
-    assert (blocks == blocks[:, :1, :, :1]).all()  # one colour for each of the 4x4 patches
-    assert len(np.unique(blocks[:, 0, :, 0].reshape(-1, 3), axis=0)) > 8
-    assert done.result["pca"]["colours_hex"][0] == blocks[:, 0, :, 0].tobytes().hex()
-    assert re.search(r"its three components explain \d+\.\d% of the variance", done.log)
-
-
-@pytest.mark.parametrize(("name", "format"), [("p.png", "PNG"), ("p.jpg", "JPEG"), ("p.JPEG", "JPEG")])
-def test_a_picture_has_the_format_of_its_name_and_saves_no_patch_tokens(run, tiny_folder, tmp_path, name, format):
-    common = ("--image_path", PHOTO, "--model_path", tiny_folder, "--device", "cpu")
-    assert run(*common, "--pca", tmp_path / name, "--output", tmp_path / "f.npz").code == 0
-    assert Image.open(tmp_path / name).format == format
-    assert sorted(np.load(tmp_path / "f.npz")) == ["class_token", "index", "mean_patch_token", "path"]
-
-
-@pytest.mark.parametrize("name", ["photos.tar", "list.txt"])
-def test_lists_and_tars_are_for_embed(run, tmp_path, name):
-    (tmp_path / name).touch()
-    done = run("--image_path", tmp_path / name, "--device", "cpu")
+    place = tmp_path / "file" / "f.npz"
+    done = run(*common, "--output", place)
     assert done.code == 2
-    assert done.terminal.splitlines()[-1].endswith(f"{name}: lists and tars are for embed.py, which takes --output FOLDER/")
-
-
-@pytest.mark.parametrize(
-    ("source", "said"), [("random", "random weights: the colours mean nothing"), ("checkpoint", "patch tokens")]
-)
-def test_a_picture_of_random_weights_says_so(source, said):
-    result = {"weights": {"source": source}, "model": "m", "dtype": "float32", "device_name": "d"}
-    assert inference.pca_heading(result | {"pca": {"explained_variance_percent": 50.0}}) == [
-        "m, float32 on d",
-        f"{said}; first 3 principal components, 50.0% of the variance",
-    ]
-
-
-def test_a_picture_has_room_for_a_hundred_photos(run, tiny_folder, tmp_path):
-    for number in range(101):
-        (tmp_path / f"{number:03d}.jpg").symlink_to(PHOTO)
-    done = run("--image_path", tmp_path, "--model_path", tiny_folder, "--device", "cpu", "--pca", tmp_path / "p.png")
-    assert done.code == 2
-    assert done.terminal.splitlines()[-1] == "error: --pca: at most 100 photos fit into a picture, and these are 101"
-
-
-def test_a_photo_of_one_patch_has_a_colour(run, tiny_folder, tmp_path):
-    flags = ("--image_size", 16, "--pca", tmp_path / "p.png")
-    done = run("--image_path", PHOTO, "--model_path", tiny_folder, "--device", "cpu", *flags)
-    assert (done.code, done.result["pca"]["colours_hex"]) == (0, ["000000"])
-
-
-def test_principal_components_are_those_of_the_covariance():
-    tokens = np.random.default_rng(0).normal(size=(2, 30, 8)) * np.arange(1, 9)
-    projected, explained = inference.principal_components(tokens)
-    flat = tokens.reshape(-1, 8)
-    values, vectors = np.linalg.eigh(np.cov(flat.T))
-    expected = (flat - flat.mean(0)) @ vectors[:, ::-1][:, :3]
-    assert np.abs(projected.reshape(-1, 3)) == pytest.approx(np.abs(expected))
-    assert explained == pytest.approx(100 * values[::-1][:3].sum() / values.sum())
-    mirrored, _ = inference.principal_components(tokens[:, ::-1])
-    assert mirrored[:, ::-1] == pytest.approx(projected)  # the sign does not depend on the order
-
-
-def test_colours_compare_between_images_and_need_no_variance():
-    tokens = np.random.default_rng(0).normal(size=(2, 16, 8)) * np.arange(1, 9)
-    colours, explained = inference.patch_colours(tokens)
-    projected, expected = inference.principal_components(tokens)
-    low, high = np.percentile(projected.reshape(-1, 3), (1, 99), axis=0)
-    assert colours.reshape(2, 16, 3) == pytest.approx(255 * np.clip((projected - low) / (high - low), 0, 1), abs=0.5)
-    assert explained == expected
-    flat, explained = inference.patch_colours(np.ones((1, 16, 8)))
-    assert (flat.tolist(), explained) == (np.zeros((1, 4, 4, 3)).tolist(), 0.0)
-
-
-# --- levers: the same numbers, computed in another way ---
-
-
-@pytest.mark.parametrize("levers", [(), LEVERS], ids=["plain", "levers"])
-def test_float32_on_an_npu_is_float32(npu, tiny_folder, levers):
-    model = load_model(open_device("npu"), str(tiny_folder), levers=levers)
-    crops = some_crops(4)
-    exact = golden(tiny_folder, model, crops)
-    assert relative_l2(hidden_of(model, crops), exact) <= 1e-6
-    left_alone = load_model(model.device, str(tiny_folder), levers=levers, exact_gelu=False)
-    assert relative_l2(hidden_of(left_alone, crops), exact) > 2e-5  # torch_npu's GELU is tanh
-    inference.set_float32_precision("npu", True, False)
-    rounded = load_model(model.device, str(tiny_folder), levers=())
-    assert relative_l2(hidden_of(rounded, crops), exact) > 1e-5  # HF32 in the convolution
-
-
-def test_fused_attention_is_attention_and_is_called_in_each_layer(npu, tiny_folder, monkeypatch):
-    calls = []
-    torch_npu = sys.modules["torch_npu"]
-    fused = torch_npu.npu_fusion_attention
-    monkeypatch.setattr(
-        torch_npu, "npu_fusion_attention", lambda *args, **options: calls.append(args) or fused(*args, **options)
-    )
-    device = open_device("npu")
-    plain = hidden_of(load_model(device, str(tiny_folder), levers=()), some_crops(2))
-    assert not calls
-    model = load_model(device, str(tiny_folder), levers=("fused_attention",))
-    assert model.levers == ("fused_attention",)
-    assert relative_l2(hidden_of(model, some_crops(2)), plain) < 1e-6
-    assert len(calls) == TINY["num_hidden_layers"]
-    layout = calls[0][0]
-    assert layout.shape == (2, 17, 2, 64)
-    assert layout.is_contiguous()  # BSND without a copy
-
-
-def test_levers_leave_models_of_other_devices_alone(npu, tiny_folder, cpu):
-    load_model(open_device("npu"), str(tiny_folder))
-    model = load_model(cpu, str(tiny_folder))
-    assert relative_l2(hidden_of(model, some_crops(2)), golden(tiny_folder, model, some_crops(2))) < 1e-6
-
-
-@pytest.mark.parametrize("size", [32, 64, 96])
-def test_folded_patches_are_normalisation_and_convolution(cpu, tiny_folder, size):
-    plain, folded = (load_model(cpu, str(tiny_folder), image_size=size, levers=levers) for levers in ((), ("folded_patches",)))
-    assert folded.levers == ("folded_patches",)
-    crops = some_crops(3, size)
-    assert relative_l2(hidden_of(folded, crops), hidden_of(plain, crops)) <= 1e-6
-
-
-def patches_of(model: inference.LoadedModel, crops: torch.Tensor) -> np.ndarray:
-    """What the patch embedding gives, the normalisation of the crops included."""
-    found = []
-    part = model.module.embeddings.patch_embeddings
-    hook = part.register_forward_hook(lambda _part, _inputs, output: found.append(output.double().numpy()))
-    inference.forward(model, crops)
-    hook.remove()
-    return found[0]
-
-
-@pytest.mark.parametrize("shade", [None, 250], ids=["noise", "nearly white"])
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 1e-2)])
-def test_folded_patches_lose_no_digits(cpu, tiny_folder, dtype, most, shade):
-    crops = some_crops(3) if shade is None else (shade + some_crops(3) % 5).to(torch.uint8)
-    plain, folded = (load_model(cpu, str(tiny_folder), dtype, levers=levers) for levers in ((), ("folded_patches",)))
-    exact = load_model(cpu, str(tiny_folder), levers=())
-    exact = dataclasses.replace(exact, module=exact.module.double(), dtype=torch.float64)
-    exact = patches_of(exact, crops)
-    error = relative_l2(patches_of(folded, crops), exact)
-    assert error < most
-    assert error < 1.1 * relative_l2(patches_of(plain, crops), exact)
-
-
-def test_levers_are_named_and_can_be_switched_off(run, tiny_folder, tmp_path):
-    from transformers import ViTModel
-
-    common = ("--image_path", PHOTO, "--model_path", tiny_folder, "--device", "cpu", "--output", tmp_path / "f.npz")
-    done = run(*common)
-    assert done.result["levers"] == ["folded_patches"]
-    assert "Levers: folded_patches" in done.log
-    done = run(*common, "--without", *LEVERS)
-    assert done.result["levers"] == []
-    assert "Levers: none" in done.log
-    preprocess = inference.read_preprocess(tiny_folder, 64)
-    pixels = inference.normalize(inference.crops_of([PHOTO], preprocess), preprocess).contiguous()
-    with torch.inference_mode():
-        expected = ViTModel.from_pretrained(tiny_folder)(pixels).last_hidden_state
-    assert np.array_equal(np.load(tmp_path / "f.npz")["class_token"], expected[:, 0].numpy())
-
-
-# --- layers ---
-
-
-@pytest.mark.parametrize("place", ["cpu", "npu", "graph"])
-def test_layers_are_what_the_library_calls_hidden_states(npu, cpu, tiny_folder, tmp_path, run, place):
-    from transformers import ViTModel
-
-    flags = ["--execution", "graph"] if place == "graph" else []
-    done = run(
-        *("--image_path", *PHOTOS[:2], "--model_path", tiny_folder, "--device", "cpu" if place == "cpu" else "npu", *flags),
-        *("--layers", -2, 1, -1, 2, 3, "--output", tmp_path / "plain.npz"),
-    )
-    assert (done.code, done.result["execution"]) == (0, flags[-1] if flags else "eager")
-    run(
-        *("--image_path", *PHOTOS[:2], "--model_path", tiny_folder, "--device", "cpu", "--layers", 1, -2, -1),
-        *("--norm_layers", "--output", tmp_path / "normed.npz"),
-    )
-    plain, normed = np.load(tmp_path / "plain.npz"), np.load(tmp_path / "normed.npz")
-    library = ViTModel.from_pretrained(tiny_folder).requires_grad_(False)
-    preprocess = inference.read_preprocess(tiny_folder, 64)
-    pixels = inference.normalize(inference.crops_of(PHOTOS[:2], preprocess), preprocess)
-    output = library(pixels, output_hidden_states=True)
-    names = ["", "_layer_1", "_layer_2", "_layer_3"]
-    assert set(plain) - {"index", "path"} == {f"{kind}{name}" for name in names for kind in ("class_token", "mean_patch_token")}
-    names = ["", "_layer_1_normed", "_layer_2_normed"]
-    assert set(normed) - {"index", "path"} == {
-        f"{kind}{name}" for name in names for kind in ("class_token", "mean_patch_token")
-    }
-    for number in (1, 2, 3):
-        tokens = output.hidden_states[number].numpy()
-        if number == 3:  # some versions norm the last one; ours are as the layer leaves them
-            normed_last = library.layernorm(torch.from_numpy(plain["class_token_layer_3"])).numpy()
-            assert relative_l2(normed_last, plain["class_token"]) < ROUNDING
-            continue
-        assert relative_l2(plain[f"class_token_layer_{number}"], tokens[:, 0]) < ROUNDING
-        assert relative_l2(plain[f"mean_patch_token_layer_{number}"], tokens[:, 1:].mean(1)) < ROUNDING
-        tokens = library.layernorm(output.hidden_states[number]).numpy()
-        assert relative_l2(normed[f"class_token_layer_{number}_normed"], tokens[:, 0]) < ROUNDING
-        assert relative_l2(normed[f"mean_patch_token_layer_{number}_normed"], tokens[:, 1:].mean(1)) < ROUNDING
-
-
-def test_layers_take_no_second_forward_pass_and_leave_no_hooks(cpu, tiny_folder):
-    model = load_model(cpu, str(tiny_folder))
-    calls, layers = [], inference.layers_of(model.module)
-    for layer in layers:
-        layer.register_forward_hook(lambda layer, _inputs, _output: calls.append(layer))
-    names = ["class_token", "class_token_layer_1", "mean_patch_token_layer_1", "class_token_layer_2_normed"]
-    found = Encoder(model, names, 4).submit(some_crops(4))()
-    assert calls == layers
-    assert set(found) == {*names, "finite"}
-    assert [len(layer._forward_hooks) for layer in layers] == [1, 1, 1]
-
-
-@pytest.mark.parametrize("layer", [0, 4, -4, 10**20])
-def test_a_layer_that_is_not_there_is_named(run, tiny_folder, layer):
-    done = run("--image_path", PHOTO, "--model_path", tiny_folder, "--device", "cpu", "--layers", layer)
-    assert done.code == 2
-    expected = f"error: --layers {layer}: this model has layers 1 to 3, from the end -1 to -3"
-    assert done.terminal.splitlines()[-1] == expected
+    assert done.terminal.splitlines()[-1] == f"error: {place}: cannot be written (File exists)"
 
 
 # --- saved as float16, and from Python ---
@@ -510,6 +213,13 @@ def test_features_are_saved_in_the_dtype_that_was_asked_for(run, tiny_folder, tm
     half = dict(np.load(tmp_path / "f.npz"))
     assert (full["class_token"].dtype, half["class_token"].dtype, half["index"].dtype) == (np.float32, np.float16, np.int64)
     assert np.array_equal(half["class_token"], full["class_token"].astype(np.float16))
+
+
+def test_layers_alone_are_saved_without_the_output(run, tiny_folder, tmp_path):
+    common = ("--image_path", PHOTO, "--model_path", tiny_folder, "--device", "cpu", "--output", tmp_path / "f.npz")
+    assert run(*common, "--layers", 2, "--save_patch_tokens").code == 0
+    kept = ["class_token_layer_2", "index", "mean_patch_token_layer_2", "patch_tokens", "path"]
+    assert sorted(np.load(tmp_path / "f.npz")) == kept
 
 
 def scaled(forward, factor: float):
@@ -542,6 +252,47 @@ def test_features_from_python_take_paths_and_pictures(tiny):
     single = inference.features(tiny, PHOTOS[1], names=["patch_tokens", "class_token_layer_2"], batch_size=1)
     assert relative_l2(single["patch_tokens"], hidden[1:2, 1:]) < ROUNDING
     assert single["class_token_layer_2"].shape == (1, TINY["hidden_size"])
+
+
+def described(given: object) -> str:
+    return type(given).__name__
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        np.full((3, 2), 123.5),
+        np.array(123.5),
+        np.zeros((0, 3)),
+        torch.full((3, 2), 123.5),
+        torch.tensor(7),
+        b"\xff\xd8photo.jpg",
+        {"photo.jpg": 1},
+        {},
+        7,
+        None,
+    ],
+    ids=described,
+)
+def test_what_is_no_photo_is_refused_by_its_type_and_never_shown(tiny, given):
+    name = type(given).__name__
+    said = f"{name}: no photo; paths and PIL images are taken, one or a list of them"
+    for images in (given, [given], (PHOTO, given)):
+        with pytest.raises(UsageError) as refused:
+            inference.features(tiny, images)
+        assert str(refused.value) == said
+
+
+def test_an_array_made_into_a_picture_is_taken(tiny):
+    pixels = np.asarray(Image.open(PHOTO))
+    found, expected = (inference.features(tiny, photo)["class_token"] for photo in (Image.fromarray(pixels), PHOTO))
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("several", [list, tuple, iter, lambda photos: dict.fromkeys(photos).keys()])
+def test_photos_come_in_anything_that_can_be_gone_through(tiny, several):
+    found = inference.features(tiny, several(PHOTOS[:2]))["class_token"]
+    assert np.array_equal(found, inference.features(tiny, PHOTOS[:2])["class_token"])
 
 
 def test_no_photos_are_refused_in_one_line(tiny):
@@ -598,168 +349,3 @@ def test_features_that_are_no_numbers_are_named_in_python_too(tiny, monkeypatch)
     monkeypatch.setattr(inference, "forward", scaled(inference.forward, float("nan")))
     with pytest.raises(UsageError, match=rf"{PHOTO}: its features in float32 hold NaN or Inf; .*the weights may be damaged"):
         inference.features(tiny, [PHOTO])
-
-
-# --- memory and graphs, on the simulated NPU ---
-
-
-@pytest.mark.parametrize("execution", ["eager", "graph"])
-@pytest.mark.parametrize(
-    ("version", "fault"),
-    [("7.3", None), ("26", None), ("7.3", "late_memory"), ("26", "late_memory"), ("7.3", "workspace_memory")],
-)
-def test_out_of_memory_halves_the_batch_and_goes_on(npu, tiny_folder, caplog, execution, version, fault):
-    npu.machine.version, npu.machine.faults = version, {fault}
-    model = load_model(open_device("npu"), str(tiny_folder))
-    batch = some_crops(16)
-    expected = Encoder(model, ["class_token"], 16, execution).submit(batch)()["class_token"]
-    npu.memory.limit = npu.memory.allocated + 2_000_000
-    inference.log.propagate = True
-    encoder = Encoder(model, ["class_token"], 16, execution)
-    result = encoder.submit(batch)()["class_token"]
-    assert 1 <= encoder.batch_size < 16
-    if fault != "late_memory":  # what is told late may end a capture under another name
-        assert (encoder.execution, encoder.fallback) == (execution, None)
-    assert relative_l2(result, expected) < 5e-6
-    assert "Out of memory on npu:0 with batch size 16: going on with 8" in caplog.text
-
-
-def test_out_of_memory_on_the_cpu_halves_the_batch_too(tiny, monkeypatch):
-    forward = inference.forward
-
-    def small_machine(model, crops, layers=()):
-        if len(crops) > 3:
-            torch.empty(1 << 60, dtype=torch.uint8)
-        return forward(model, crops, layers)
-
-    expected = Encoder(tiny, ["class_token"], 3).submit(some_crops(8))()["class_token"]
-    monkeypatch.setattr(inference, "forward", small_machine)
-    encoder = Encoder(tiny, ["class_token"], 8)
-    assert relative_l2(encoder.submit(some_crops(8))()["class_token"], expected) < 5e-6
-    assert encoder.batch_size == 2
-
-
-def test_out_of_memory_with_one_image_ends_the_run(npu, tiny_folder):
-    model = load_model(open_device("npu"), str(tiny_folder))
-    npu.memory.limit = npu.memory.allocated + 10_000
-    with pytest.raises(UsageError, match="out of memory on npu:0 with a single image"):
-        Encoder(model, ["class_token"], 4).submit(some_crops(4))
-
-
-@pytest.mark.parametrize("version", ["7.3", "26"])
-def test_a_model_that_does_not_fit_is_one_line(npu, tiny_folder, version):
-    npu.machine.version = version
-    device = open_device("npu")
-    npu.memory.limit = npu.memory.allocated + 100_000
-    with pytest.raises(UsageError, match="npu:0 has too little memory for the model"):
-        load_model(device, str(tiny_folder))
-
-
-@pytest.mark.parametrize("version", ["7.3", "26"])
-def test_a_replayed_graph_gives_what_eager_gives(npu, tiny_folder, version):
-    npu.machine.version = version
-    model = load_model(open_device("npu"), str(tiny_folder))
-    names = ["class_token", "mean_patch_token", "pooler_output"]
-    eager, graph = (Encoder(model, names, 4, execution) for execution in ("eager", "graph"))
-    batch = some_crops(11)
-    expected = eager.submit(batch)()
-    for _ in range(2):
-        for name, value in graph.submit(batch)().items():
-            assert value.shape == expected[name].shape
-            assert relative_l2(value.astype(float), expected[name].astype(float)) < 1e-6
-    assert (graph.execution, graph.fallback) == ("graph", None)
-
-
-def test_a_graph_is_captured_while_other_threads_pin_memory(npu, tiny_folder, monkeypatch):
-    forward = inference.forward
-
-    def beside_a_loader(*given):
-        thread = threading.Thread(target=lambda: torch.ones(3).pin_memory())
-        thread.start()
-        thread.join()
-        return forward(*given)
-
-    monkeypatch.setattr(inference, "forward", beside_a_loader)
-    encoder = Encoder(load_model(open_device("npu"), str(tiny_folder)), ["class_token"], 2, "graph")
-    encoder.submit(some_crops(2))()
-    assert (encoder.execution, encoder.fallback) == ("graph", None)
-
-
-def test_a_graph_with_a_convolution_is_captured_where_internal_formats_are_the_default(npu, tiny_folder):
-    npu.machine.faults.add("internal_formats")
-    model = load_model(open_device("npu"), str(tiny_folder), levers=("fused_attention",))
-    encoder = Encoder(model, ["class_token"], 2, "graph")
-    encoder.submit(some_crops(2))()
-    assert (encoder.execution, encoder.fallback) == ("graph", None)
-
-
-def test_a_capture_that_fails_goes_on_with_eager_and_says_so_once(npu, run, tiny_folder, tmp_path):
-    common = ("--image_path", *PHOTOS, "--model_path", tiny_folder, "--device", "npu", "--output", tmp_path / "f.npz")
-    run(*common)
-    expected = np.load(tmp_path / "f.npz")["class_token"]
-    stream = torch.npu.current_stream()
-    done = run(*common, "--execution", "graph", "--without", "fused_attention", "--batch_size", 3)
-    assert (done.code, done.result["execution"]) == (0, "eager")
-    assert "107025" in done.result["execution_fallback"]
-    warnings = [line for line in done.terminal.splitlines() if "going on with eager execution" in line]
-    assert len(warnings) == 1 and "cannot be captured as a graph" in warnings[0]
-    assert torch.npu.current_stream() is stream  # and not the failed capture's
-    assert relative_l2(np.load(tmp_path / "f.npz")["class_token"], expected) < ROUNDING
-    assert run(*common).result["execution_fallback"] is None
-
-
-def test_a_task_queue_that_excludes_graphs_is_noticed_before_the_capture(npu, tiny_folder, monkeypatch):
-    monkeypatch.setenv("TASK_QUEUE_ENABLE", "2")
-    captures = []
-    monkeypatch.setattr(npu.NPUGraph, "__init__", captures.append)
-    encoder = Encoder(load_model(open_device("npu"), str(tiny_folder)), ["class_token"], 4, "graph")
-    assert encoder.submit(some_crops(4))()["class_token"].shape == (4, TINY["hidden_size"])
-    assert (encoder.execution, encoder.fallback) == ("eager", "TASK_QUEUE_ENABLE=2 excludes graph capture; unset it")
-    assert not captures
-
-
-def test_one_capture_serves_every_batch(npu, tiny_folder, monkeypatch):
-    captures = []
-    make = npu.NPUGraph.__init__
-    monkeypatch.setattr(npu.NPUGraph, "__init__", lambda self: captures.append(self) or make(self))
-    encoder = Encoder(load_model(open_device("npu"), str(tiny_folder)), ["class_token"], 4, "graph")
-    for count in (4, 4, 3, 1, 11):
-        encoder.submit(some_crops(count))()
-    assert len(captures) == 1
-    encoder.batch_size = 2
-    assert encoder.submit(some_crops(5))()["class_token"].shape == (5, TINY["hidden_size"])
-    assert len(captures) == 2
-
-
-def test_a_graph_replays_without_calling_the_model(npu, tiny_folder, monkeypatch):
-    encoder = Encoder(load_model(open_device("npu"), str(tiny_folder)), ["class_token"], 4, "graph")
-    first = encoder.submit(some_crops(4))()["class_token"]
-    monkeypatch.setattr(inference, "forward", None)
-    assert np.array_equal(encoder.submit(some_crops(4).flip(0))()["class_token"], first[::-1])
-
-
-def test_copies_run_on_a_second_stream_and_are_waited_for(npu, tiny_folder, tiny, monkeypatch):
-    encoder = Encoder(load_model(open_device("npu"), str(tiny_folder)), ["class_token"], 4)
-    expected = Encoder(tiny, ["class_token"], 4).submit(some_crops(11))()["class_token"]
-    streams, add = [], npu.queue.add
-    monkeypatch.setattr(npu.queue, "add", lambda stream: streams.append(stream) or add(stream))
-    fetches = [encoder.submit(crops.pin_memory()) for crops in some_crops(11).split(6)]  # both on their way
-    found = np.concatenate([fetch()["class_token"] for fetch in fetches])
-    assert len(set(streams)) == 2
-    assert relative_l2(found, expected) < ROUNDING
-
-
-def test_graphs_are_refused_on_the_cpu(run, tiny_folder):
-    done = run("--image_path", PHOTO, "--model_path", tiny_folder, "--device", "cpu", "--execution", "graph")
-    assert done.code == 2
-    expected = "error: --execution graph: the CPU has no graphs to capture; use it with cuda or npu"
-    assert done.terminal.splitlines()[-1] == expected
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-@pytest.mark.parametrize("execution", ["eager", "graph"])
-def test_a_gpu_gives_what_the_cpu_gives(tiny_folder, tiny, execution):
-    model = load_model(open_device("cuda"), str(tiny_folder))
-    expected = Encoder(tiny, ["class_token"], 4).submit(some_crops(11))()["class_token"]
-    result = Encoder(model, ["class_token"], 4, execution).submit(some_crops(11))()["class_token"]
-    assert relative_l2(result, expected) < 1e-5

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import io
-import json
 import os
 import resource
-import struct
-import zlib
 from pathlib import Path
 
 import inference
 import numpy as np
 import pytest
 import torch
-from inference import BadImage, Preprocess, Unreadable, UsageError, crop_uint8, decode, normalize, read_bytes, read_preprocess
+from inference import BadImage, Preprocess, UsageError, crop_uint8, decode, normalize
 from PIL import Image, ImageOps
 
-import embed
-from conftest import SAMPLES, TINY_PREPROCESS
+from conftest import SAMPLES
+from made_images import bmp, encoded, grey_tiff, png_header, tiff_of_bands
 
 PHOTOS = sorted(path for path in SAMPLES.iterdir() if path.suffix in (".jpg", ".png"))
 DEFAULTS = Preprocess()
@@ -46,12 +42,6 @@ def our_pixels(image: Image.Image, preprocess: Preprocess = DEFAULTS) -> torch.T
 def assert_same_pixels(ours: torch.Tensor, library: torch.Tensor) -> None:
     assert ours.shape == library.shape
     assert (ours - library).abs().max() < 1e-6
-
-
-def encoded(image: Image.Image, format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -133,18 +123,6 @@ def test_sixteen_bit_grey_keeps_its_range(cat, format):
     assert_same_pixels(our_pixels(decode(data)), library_pixels(Image.fromarray(grey)))
 
 
-def grey_tiff(values: np.ndarray, bits: int, photometric: int) -> bytes:
-    """A little-endian TIFF of one strip; Pillow writes neither 12 bits nor white as zero."""
-    height, width = values.shape
-    if bits == 16:
-        data = values.astype("<u2").tobytes()
-    else:
-        data = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in values.reshape(-1, 2).tolist())
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(data)}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
-
-
 @pytest.mark.parametrize(("bits", "photometric"), [(12, 1), (16, 1), (16, 0)], ids=["12 bits", "16 bits", "white is zero"])
 def test_a_grey_tiff_is_neither_dark_nor_inverted(bits, photometric):
     shades = np.arange(256).reshape(16, 16)
@@ -167,6 +145,14 @@ def test_grey_without_a_defined_white_is_refused(mode):
     values = np.full((8, 8), 70_000, np.int32 if mode == "I" else np.float32)
     with pytest.raises(BadImage, match="whose black and white are not defined"):
         decode(encoded(Image.fromarray(values), "TIFF"))
+
+
+@pytest.mark.parametrize("shade", [-1, 65_536])
+def test_a_picture_of_shades_that_sixteen_bits_do_not_have_is_refused(shade):
+    values = np.full((8, 8), shade, np.int32)
+    with pytest.raises(BadImage, match="whose black and white are not defined"):
+        decode(Image.fromarray(values))
+    assert np.asarray(decode(Image.fromarray(np.full((8, 8), 65_535, np.int32)))).max() == 255
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -227,12 +213,25 @@ def test_one_pixel_fills_the_crop():
     ]
 
 
-def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+@pytest.mark.parametrize(("bands", "bits"), [(6, 8), (6, 16), (5, 16)])
+def test_a_tiff_of_many_bands_says_what_it_is(bands, bits):
+    """As satellites make them: Pillow has no name for it."""
+    assert decode(tiff_of_bands(1)).size == (4, 2)  # else the next line would say nothing of bands
+    with pytest.raises(BadImage) as caught:
+        decode(tiff_of_bands(bands, bits))
+    assert str(caught.value) == f"a TIFF of {bands} bands of {bits} bits: no picture in colours or grey"
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+def test_a_bmp_whose_fourth_byte_nobody_set_is_no_blank_image(cat):
+    pixels = np.dstack([np.asarray(cat), np.zeros((cat.height, cat.width), np.uint8)])
+    assert Image.open(io.BytesIO(bmp(pixels))).mode == "RGBA"
+    assert np.array_equal(np.asarray(decode(bmp(pixels))), np.asarray(cat))
+    pixels[3, 7, 3] = 255  # somebody did: all else is transparent
+    expected = np.full_like(np.asarray(cat), 255)
+    expected[3, 7] = np.asarray(cat)[3, 7]
+    assert np.array_equal(np.asarray(decode(bmp(pixels))), expected)
+    png = encoded(Image.fromarray(np.dstack([np.asarray(cat), np.zeros((cat.height, cat.width), np.uint8)])), "PNG")
+    assert (np.asarray(decode(png)) == 255).all()  # there it is meant
 
 
 @pytest.mark.parametrize(
@@ -241,13 +240,14 @@ def png_header(width: int, height: int) -> bytes:
         (b"", "empty file"),
         (b"a text that calls itself an image", "not an image that can be read"),
         ((SAMPLES / "chelsea.jpg").read_bytes()[:9000], "truncated"),
-        (png_header(14_000, 14_000), "DecompressionBombError"),
+        (png_header(14_000, 14_000), "^more pixels than the limit of 179 megapixels; --max_megapixels raises it$"),
         (png_header(50, 50), "OSError|SyntaxError|truncated"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image that can be read"),
     ],
     ids=["empty", "text", "truncated", "bomb", "no data", "postscript"],
 )
-def test_what_cannot_be_decoded_says_why(data, reason):
+def test_what_cannot_be_decoded_says_why(monkeypatch, data, reason):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_478_485)  # Pillow's own, which a run of a script replaces
     with pytest.raises(BadImage, match=reason) as caught:
         decode(data)
     assert "0x" not in str(caught.value)  # an address would make the record differ from run to run
@@ -256,6 +256,38 @@ def test_what_cannot_be_decoded_says_why(data, reason):
 def test_a_large_photo_under_the_limit_decodes_without_warnings(recwarn):
     assert decode(encoded(Image.new("L", (10_000, 9_500)), "PNG")).size == (10_000, 9_500)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "fits"),
+    [
+        ((1000, 1000), ["--max_megapixels", "1"], True),
+        ((1000, 1001), ["--max_megapixels", "1"], False),
+        ((1000, 1001), ["--max_megapixels", "2"], True),
+        ((1000, 1001), [], True),
+    ],
+)
+def test_the_limit_of_pixels_is_the_flags(run, tiny_folder, tmp_path, monkeypatch, size, flags, fits):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    Image.new("L", size, 77).save(tmp_path / "large.png")
+    done = run("--image_path", tmp_path / "large.png", "--model_path", tiny_folder, "--device", "cpu", *flags)
+    assert done.code == (0 if fits else 2)
+    if not fits:
+        last = f"error: {tmp_path}/large.png: more pixels than the limit of 1 megapixels; --max_megapixels raises it"
+        assert done.terminal.splitlines()[-1] == last
+
+
+def test_by_default_a_photo_may_have_300_megapixels(run, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    (tmp_path / "large.png").write_bytes(png_header(17_321, 17_321))
+    done = run("--image_path", tmp_path / "large.png", "--model_path", tiny_folder, "--device", "cpu")
+    assert (done.code, "large.png: more pixels than the limit of 300 megapixels" in done.terminal) == (2, True)
+
+
+@pytest.mark.parametrize("flag", ["0", "-1", "2.5", "many"])
+def test_a_limit_of_pixels_that_makes_no_sense_is_refused(run, flag):
+    done = run("--image_path", "x.jpg", "--max_megapixels", flag)
+    assert (done.code, "--max_megapixels" in done.terminal) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -277,73 +309,6 @@ def test_a_file_that_is_no_image_is_named_in_one_line(run, tiny_folder, tmp_path
     assert "Traceback" not in done.terminal
 
 
-@pytest.fixture
-def waits(monkeypatch) -> list[float]:
-    """The waits between tries, which take no time here."""
-    asked: list[float] = []
-    monkeypatch.setattr(inference.time, "sleep", asked.append)
-    return asked
-
-
-@pytest.mark.parametrize("name", ["gone.jpg", "gone/too.jpg", "file/below.jpg", "circle", "x" * 300, "null\0byte"])
-def test_a_path_that_is_wrong_is_the_images_own_fault_and_costs_no_wait(tmp_path, waits, name):
-    (tmp_path / "file").touch()
-    (tmp_path / "circle").symlink_to(tmp_path / "circle")
-    with pytest.raises(BadImage):
-        read_bytes(str(tmp_path / name))
-    assert not waits
-
-
-@pytest.mark.parametrize(
-    ("number", "tries"), [(errno.EACCES, 1), (errno.EPERM, 1), (errno.EIO, 3), (errno.ESTALE, 3), (errno.ETIMEDOUT, 3)]
-)
-def test_what_cannot_be_read_now_is_not_called_a_bad_image(tmp_path, monkeypatch, waits, number, tries):
-    path = tmp_path / "good.jpg"
-    path.write_bytes(b"x")
-    opened = []
-
-    def refuse(*arguments):
-        opened.append(arguments)
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(Unreadable, match=f"good.jpg: {os.strerror(number)}"):
-        read_bytes(str(path))
-    assert (len(opened), len(waits)) == (tries, tries - 1)
-
-
-def test_a_file_that_is_read_at_the_second_try_is_read(tmp_path, monkeypatch, waits):
-    path = tmp_path / "good.jpg"
-    path.write_bytes(b"x")
-    stat, errors = os.stat, [OSError(errno.EIO, "flaky")]
-
-    def flaky(*given, **options):
-        if errors:
-            raise errors.pop()
-        return stat(*given, **options)
-
-    monkeypatch.setattr(os, "stat", flaky)
-    assert read_bytes(str(path)) == b"x"
-    assert waits == [0.5]
-
-
-def test_a_stretch_of_a_file_is_read_whole_or_not_at_all(tmp_path, waits):
-    path = tmp_path / "shard"
-    path.write_bytes(b"0123456789")
-    assert read_bytes(str(path), 2, 3) == b"234"
-    assert read_bytes(str(path)) == b"0123456789"
-    with pytest.raises(Unreadable, match="shorter than it was"):
-        read_bytes(str(path), 8, 3)
-
-
-def test_a_file_over_the_limit_is_not_read(tmp_path, monkeypatch):
-    path = tmp_path / "large.jpg"
-    with path.open("wb") as file:
-        file.truncate(inference.MAX_FILE_BYTES + 1)
-    with pytest.raises(BadImage, match="1,073,741,825 bytes, over the limit of 1,073,741,824"):
-        read_bytes(str(path))
-
-
 @pytest.mark.parametrize("name", ["with space.jpg", "照片.jpg", "Ünïcödé — 'quoted'.jpg", "line\nbreak.jpg"])
 def test_names_may_hold_anything(run, tiny_folder, tmp_path, name):
     path = tmp_path / name
@@ -363,140 +328,67 @@ def test_a_name_that_is_not_text_survives(run, tiny_folder, tmp_path):
     assert os.fsencode(np.load(tmp_path / "f.npz")["path"].tolist()[0]) == path
 
 
-# --- pre-processing that follows the checkpoint ---
-
-
-def write_config(folder: Path, **changes) -> Path:
-    config = {key: value for key, value in (TINY_PREPROCESS | changes).items() if value != "absent"}
-    (folder / "preprocessor_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def test_without_a_file_the_defaults_are_the_official_demos(tmp_path):
-    assert read_preprocess(tmp_path, 224) == Preprocess(224, 224, 3, 1 / 255, MEAN, STD)
-    assert read_preprocess(tmp_path, 64) == Preprocess(64, 64, 3, 1 / 255, MEAN, STD)
-
-
-@pytest.mark.parametrize(
-    ("changes", "options"),
-    [
-        ({}, {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}),
-        ({"size": {"shortest_edge": 80}, "resample": 2}, {"size": {"shortest_edge": 80}, "resample": 2, "crop_size": 64}),
-        ({"size": {"height": 70, "width": 90}}, {"size": {"height": 70, "width": 90}, "crop_size": 64}),
-        ({"image_mean": [0.1, 0.2, 0.3], "rescale_factor": 0.003}, {"size": {"shortest_edge": 64}, "crop_size": 64}),
-    ],
-)
-def test_the_configuration_is_followed(tmp_path, cat, changes, options):
-    preprocess = read_preprocess(write_config(tmp_path, **changes), 64)
-    processor = library_processor(**options)
-    processor.image_mean = changes.get("image_mean", list(MEAN))
-    processor.rescale_factor = changes.get("rescale_factor", 1 / 255)
-    for image in (cat, cat.transpose(Image.Transpose.ROTATE_90)):
-        assert_same_pixels(our_pixels(image, preprocess), processor(image, return_tensors="pt").pixel_values)
-
-
-def test_a_vit_processor_without_crop_is_followed(tmp_path, cat):
-    changes = {"image_processor_type": "ViTImageProcessorFast", "size": {"height": 64, "width": 64}, "do_center_crop": "absent"}
-    preprocess = read_preprocess(write_config(tmp_path, **changes, crop_size="absent"), 64)
-    expected = library_pixels(cat, size={"height": 64, "width": 64}, do_center_crop=False)
-    assert_same_pixels(our_pixels(cat, preprocess), expected)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"do_pad": True}, "do_pad"),
-        ({"do_resize": False}, "do_resize"),
-        ({"do_normalize": False}, "do_normalize"),
-        ({"do_convert_rgb": False}, "do_convert_rgb"),
-        ({"size": {"longest_edge": 64}}, "size"),
-        ({"size": 64}, "size"),
-        ({"do_center_crop": False, "size": {"shortest_edge": 64}}, "size"),
-        ({"crop_size": {"height": 64, "width": 32}}, "crop_size"),
-        ({"crop_size": {"height": 96, "width": 96}}, "crop_size"),
-        ({"image_mean": "absent"}, "image_mean"),
-        ({"image_mean": [0.5]}, "image_mean"),
-        ({"resample": "bicubic"}, "resample"),
-        ({"image_processor_type": "ConvNextImageProcessor"}, "image_processor_type"),
-    ],
-)
-def test_a_field_that_cannot_be_honoured_is_named(tmp_path, changes, named):
-    with pytest.raises(UsageError, match=rf"preprocessor_config\.json: .*{named}"):
-        read_preprocess(write_config(tmp_path, **changes), 64)
-
-
-def test_a_field_without_a_value_changes_nothing(tmp_path):
-    assert read_preprocess(write_config(tmp_path, do_pad=None), 64) == read_preprocess(write_config(tmp_path), 64)
-
-
-def test_another_image_size_scales_resize_and_crop_alike(tmp_path):
-    preprocess = read_preprocess(write_config(tmp_path, size={"shortest_edge": 80}), 64).resized(128)
-    assert (preprocess.resize, preprocess.image_size) == (160, 128)
-
-
-@pytest.mark.parametrize(
-    ("resize", "options"),
-    [
-        ("crop", {"size": {"shortest_edge": 96}, "crop_size": 96}),
-        ("squash", {"size": {"height": 96, "width": 96}, "do_center_crop": False}),
-        ("256", {"size": {"shortest_edge": 110}, "crop_size": 96}),
-    ],
-)
-def test_the_three_official_ways_to_a_square(tmp_path, cat, resize, options):
-    preprocess = read_preprocess(write_config(tmp_path), 64).resized(96, resize)
-    for image in (cat, cat.transpose(Image.Transpose.ROTATE_90)):
-        assert_same_pixels(our_pixels(image, preprocess), library_pixels(image, **options))
-
-
-def test_the_way_to_a_square_is_followed_and_recorded(run, tiny_folder, tmp_path):
-    common = ("--image_path", SAMPLES / "coffee.jpg", "--model_path", tiny_folder, "--device", "cpu")
-    saved = []
-    for resize, edges in (("crop", 64), ("squash", [64, 64]), ("256", 73)):
-        done = run(*common, "--resize", resize, "--output", tmp_path / f"{resize}.npz")
-        assert done.result["preprocess"]["resize"] == edges
-        saved.append(np.load(tmp_path / f"{resize}.npz")["class_token"].tolist())
-    assert saved[0] != saved[1] != saved[2] != saved[0]
-
-
 # --- which images ---
 
 
-@pytest.fixture(params=["inference.py", "embed.py"])
-def listed(request, tree):
-    """Names below `tree` of what each of the two scripts lists."""
-
-    def names(*given: Path) -> list[str]:
-        arguments = list(map(str, given))
-        if request.param == "embed.py":
-            found = [key.name for key in embed.list_images(arguments)]
-        else:
-            found = inference.find_images(arguments)
-        return [os.path.relpath(path, tree) for path in found]
-
-    return names
+def listed(tree: Path, *given: object) -> list[str]:
+    """Names below `tree` of what inference.py takes."""
+    return [os.path.relpath(path, tree) for path in inference.find_images(list(map(str, given)))]
 
 
-def test_a_folder_is_read_recursively_in_a_fixed_order(listed, tree):
-    assert listed(tree) == ["a.jpeg", "b.JPG", "e.gif", "f.BMP", "z.png", "sub/c.Webp", "sub/deep/d.tif"]
+def test_a_folder_is_read_recursively_in_a_fixed_order(tree):
+    assert listed(tree, tree) == ["a.jpeg", "b.JPG", "e.gif", "f.BMP", "sub/c.Webp", "sub/deep/d.tif", "z.png"]
 
 
-def test_links_to_folders_are_followed_but_not_in_circles(listed, tree):
+def test_links_in_circles_are_not_followed_for_ever(tree):
     (tree / "again").symlink_to(tree)
-    (tree / "sub" / "link").symlink_to(tree / "sub" / "deep")
-    assert len(listed(tree)) == 7
+    assert listed(tree, tree)[-1] == "z.png"
 
 
-def test_globs_files_and_repeats_keep_the_order_they_were_given_in(listed, tree):
+def test_globs_files_and_repeats_keep_the_order_they_were_given_in(tree):
     (tree / "a[1].png").write_bytes(b"")
-    found = listed(tree / "z.png", tree / "?.*", tree / "z.png", tree / "a[1].png")
+    found = listed(tree, tree / "z.png", tree / "?.*", tree / "z.png", tree / "a[1].png")
     assert found == ["z.png", "a.jpeg", "b.JPG", "e.gif", "f.BMP", "z.png", "z.png", "a[1].png"]
 
 
-def test_nothing_found_is_an_error(listed, tmp_path):
+def test_a_pattern_takes_by_suffix_folders_whole_and_a_name_as_it_is(tree):
+    (tree / "list.txt").touch()
+    (tree / "shard.tar").touch()
+    assert listed(tree, tree / "*") == ["a.jpeg", "b.JPG", "e.gif", "f.BMP", "sub/c.Webp", "sub/deep/d.tif", "z.png"]
+    assert listed(tree, tree / "notes.md") == ["notes.md"]
+    with pytest.raises(UsageError, match="no images in it"):
+        listed(tree, tree / "*.md", tree / "*.t*")
+
+
+def test_two_stars_are_any_depth_and_give_each_image_once(tree, monkeypatch):
+    assert listed(tree, tree / "**" / "*.[tgw]*") == ["e.gif", "sub/deep/d.tif"]
+    assert listed(tree, tree / "**") == listed(tree, tree)
+    monkeypatch.chdir(tree / "sub")
+    assert inference.find_images(["**/*.tif"]) == ["deep/d.tif"]
+
+
+def test_the_shadow_that_a_mac_writes_beside_a_file_is_no_image(tree):
+    (tree / "sub" / "._c.webp").touch()
+    (tree / "._a.jpeg").touch()
+    (tree / ".b.jpg").touch()
+    assert not any("._" in name for name in listed(tree, tree, tree / "**", tree / "*"))
+    assert ".b.jpg" in listed(tree, tree)
+    assert not inference.is_image_name("folder/._x.jpg") and inference.is_image_name("folder/.x.JPG")
+
+
+def test_nothing_found_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.md").touch()
     with pytest.raises(UsageError, match="no images in it"):
-        listed(tmp_path / "empty")
+        listed(tmp_path, tmp_path / "empty")
     for pattern in ("empty/*.jpg", "gone"):
         with pytest.raises(UsageError, match="no such file or folder"):
-            listed(tmp_path / pattern)
+            listed(tmp_path, tmp_path / pattern)
+
+
+@pytest.mark.parametrize("name", ["photos.tar", "list.txt", "LIST.TXT"])
+def test_lists_and_tars_are_for_embed(run, tmp_path, name):
+    (tmp_path / name).touch()
+    done = run("--image_path", tmp_path / name, "--device", "cpu")
+    assert done.code == 2
+    assert done.terminal.splitlines()[-1].endswith(f"{name}: lists and tars are for embed.py, which takes --output FOLDER/")

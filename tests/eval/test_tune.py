@@ -1,28 +1,41 @@
-"""tune.py: what it tries, what counts, that nothing ends it; and --tuned, which uses what it found."""
+"""tune.py: what it tries, what counts, that nothing ends it, and the commands to paste that it ends with."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import subprocess
+import sys
+from argparse import Namespace
 
 import inference
 import pytest
-import torch
 
+import embed
+import evidence
 import tune
-from conftest import SAMPLES, TESTS, run_script
+from conftest import SAMPLES
 
-PHOTO = next(SAMPLES.glob("*.jpg"))
-EAGER = {"dtype": "float32", "allow_hf32": False, "execution": "eager", "without": [], "batch_size": 1, "environment": {}}
-# What the simulated NPU of the children does beside its usual: a graph's replay ends the process.
-BROKEN = "npu_simulator.NPUGraph.replay = lambda graph: os._exit(9)"
+EAGER = {"dtype": "float32", "allow_hf32": False, "execution": "eager", "without": [], "with_levers": [], "batch_size": 1}
+EAGER |= {"environment": {}}
+
+
+@pytest.fixture(autouse=True)
+def small_photos(monkeypatch):
+    monkeypatch.setattr(tune.end_to_end, "DECODED", ((96, 64),))
 
 
 @pytest.fixture
 def broken_children(monkeypatch, tmp_path):
-    code = f"import os, sys\nos.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'\nsys.path.insert(0, {str(TESTS)!r})\n"
-    (tmp_path / "sitecustomize.py").write_text(f"{code}import npu_simulator\nnpu_simulator.install()\n{BROKEN}\n")
+    """In child processes a batch of seven ends the process, as what is wrong with a device or a driver may."""
+    code = """
+import os
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+import torch
+real = torch.nn.functional.layer_norm
+torch.nn.functional.layer_norm = lambda values, *rest: os._exit(9) if len(values) == 7 else real(values, *rest)
+"""
+    (tmp_path / "sitecustomize.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
@@ -36,6 +49,13 @@ def search_for(monkeypatch, run, tiny_folder):
         return run(*common, *flags, main=tune.main, name="tuned")
 
     return run_search
+
+
+def in_this_process(_code, given, _count, _limit_s, _environment):
+    """ask_child where the process is not what is tested."""
+    told = []
+    tune.answer_points(json.loads(json.dumps(given, default=str)), told.append)
+    yield from told
 
 
 # --- errors and picks ---
@@ -96,8 +116,10 @@ def test_the_search_finds_the_best_without_trying_everything(batch):
 def test_the_coarse_search_has_the_devices_batch_or_the_flags(monkeypatch, run, tiny_folder, flags, batch):
     asked = []
     monkeypatch.setattr(tune, "search", lambda kind, batch, levers, measure, rows: asked.append(batch))
-    done = run("--model_path", tiny_folder, "--device", "cpu", *flags, main=tune.main, name="tuned")
+    done = run("--model_path", tiny_folder, "--device", "cpu", "--seconds", 0.01, *flags, main=tune.main, name="tuned")
     assert (done.code, asked) == (1, [batch])
+    assert done.result["picks"] == done.result["commands"] == dict.fromkeys(tune.PICKS)
+    assert "faithful: nothing was within its bar" in done.log
 
 
 def test_the_search_may_leave_out_both_levers():
@@ -109,12 +131,13 @@ def test_the_search_may_leave_out_both_levers():
 # --- children ---
 
 
-def test_what_breaks_the_bar_or_crashes_is_a_row_and_not_an_end(npu, broken_children, search_for):
-    points = [EAGER | change for change in ({"dtype": "float16"}, {"execution": "graph"}, {})]
-    done = search_for(points, "--threshold_percent", 0.01, device="npu")
+def test_what_breaks_the_bar_or_crashes_is_a_row_and_not_an_end(broken_children, search_for):
+    points = [EAGER | change for change in ({"dtype": "float16"}, {"batch_size": 7}, {})]
+    done = search_for(points, "--threshold_percent", 0.01)
     assert done.code == 0, done.terminal
     wrong, crashed, good = done.result["rows"]
-    assert (good["status"], good["within_bar"], good["device_name"]) == ("ok", True, npu.NAME)
+    assert (good["status"], good["within_bar"]) == ("ok", True)
+    assert good["device_name"].startswith(inference.cpu_name())
     assert good["relative_l2_error"] < 2e-6
     assert (wrong["status"], wrong["within_bar"]) == ("ok", False)
     assert 1e-4 < wrong["relative_l2_error"] < 1e-2
@@ -122,10 +145,10 @@ def test_what_breaks_the_bar_or_crashes_is_a_row_and_not_an_end(npu, broken_chil
     assert done.result["picks"] == {"throughput": good, "latency": good, "faithful": good}
     outcomes = [row["outcome"].split(",")[0] for row in tune.tuned_rows(done.result)]
     assert outcomes == ["misses the bar", "crashed", "within the bar"]
-    picked = "--tuned latency: Arithmetic: float32, Execution: eager, Without: -, Environment: default, Batch: 1, "
+    picked = "latency: Arithmetic: float32, Execution: eager, Levers: -, Environment: default, Batch: 1, "
     for line in ("Outcome: crashed (exit code 9: ", "=== Tuning Summary ===", picked):
         assert line in done.log
-    assert (done.folder / "tuned.json").exists()
+    assert [path.name for path in done.folder.iterdir()] == ["tuned_cpu.json"]
 
 
 def test_each_environment_has_a_child_of_its_own_and_what_hangs_is_a_row(monkeypatch):
@@ -190,94 +213,97 @@ def test_an_interrupted_search_keeps_its_rows(monkeypatch, run, tiny_folder, tmp
     assert (done.result["partial"], len(done.result["rows"])) == (True, 1)
 
 
-# --- --tuned ---
-
-
-@pytest.fixture(scope="module")
-def tuning(tmp_path_factory, tiny_folder):
-    """A tuning of the tiny model on one thread of the CPU, as tune.py writes it."""
-    folder = tmp_path_factory.mktemp("tuning")
-    with pytest.MonkeyPatch.context() as patch:
-        points = [EAGER | {"batch_size": size, "environment": {"OMP_NUM_THREADS": "1"}} for size in (3, 1)]
-        patch.setattr(tune, "search", lambda kind, batch, levers, measure, rows: measure(points))
-        flags = ["--model_path", tiny_folder, "--device", "cpu", "--seconds", 0.01, "--results_dir", folder]
-        assert tune.main([*map(str, flags), "--output_log", str(folder / "log")]) == 0
-    return folder / "tuned_cpu.json"
+# --- the commands to paste ---
 
 
 @pytest.fixture
-def tuned(tuning, tmp_path, monkeypatch):
-    """A copy of it where run() looks, and a process that has one thread too."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    copy = tmp_path / "results" / tuning.name
-    copy.parent.mkdir()
-    shutil.copy(tuning, copy)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield copy
-    torch.set_num_threads(threads)
+def paste(monkeypatch, tmp_path):
+    """Paste a command into a shell: embed.py's arguments and the variables that it would get."""
+    script = tmp_path / "bin" / "python"
+    script.parent.mkdir()
+    script.write_text(f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin:/bin")
+
+    def run_pasted(command: str) -> tuple[Namespace, dict[str, str]]:
+        (first, *words), environment = json.loads(subprocess.run(["sh", "-c", command], capture_output=True, check=True).stdout)
+        assert first == "embed.py"
+        known = {name for variables in tune.ENVIRONMENTS.values() for name in variables}
+        return embed.make_parser().parse_args(words), {name: environment[name] for name in known & environment.keys()}
+
+    return run_pasted
 
 
-def change(path, edit):
-    data = json.loads(path.read_text())
-    edit(data)
-    path.write_text(json.dumps(data))
+def command_of(point, *flags, kind="npu"):
+    args = tune.make_parser().parse_args(list(map(str, flags)))
+    return tune.command_for(point, args, kind, args.model_path)
 
 
-def test_a_pick_is_used_and_said(tuned, run, tiny_folder, monkeypatch):
-    change(tuned, lambda data: data["picks"]["latency"].update(dtype="bfloat16", without=["folded_patches"]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    done = run("--image_path", PHOTO, "--model_path", tiny_folder, "--device", "cpu", "--tuned", "latency")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"dtype": "float16", "batch_size": 128, "execution": "graph"},
+        {"allow_hf32": True, "without": ["fused_attention"]},
+        {"dtype": "bfloat16", "without": ["folded_patches", "fused_attention"]},
+        {"environment": {"TASK_QUEUE_ENABLE": "2", "CPU_AFFINITY_CONF": "1"}, "execution": "graph"},
+        {"environment": {"CPU_AFFINITY_CONF": "1"}, "without": ["folded_patches"], "with_levers": ["fused_norms"]},
+    ],
+)
+@pytest.mark.parametrize("own", [{}, {"TASK_QUEUE_ENABLE": "0", "OMP_NUM_THREADS": "3"}], ids=["bare", "variables set"])
+def test_a_pasted_command_computes_as_its_point_did(paste, monkeypatch, change, own):
+    """Also where the tuning's own shell had variables set, which the points were measured without."""
+    for name in ("TASK_QUEUE_ENABLE", "CPU_AFFINITY_CONF", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    point = row(8, 0.5, 1e-6) | change
+    args, environment = paste(command_of(point, "--device", "npu"))
+    assert {name: getattr(args, name) for name in tune.POINT[:-1]} == {name: point[name] for name in tune.POINT[:-1]}
+    kept = {name: value for name, value in own.items() if name not in tune.ENVIRONMENTS["npu"]}
+    assert environment == point["environment"] | kept
+    assert (args.device, args.model_path, args.random_weights) == ("npu", inference.DEFAULT_MODEL_PATH, False)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"model_path": "weights/my 'own' model", "image_size": 448, "resize": "squash", "device": "npu:1"},
+        {"random_weights": True, "device": "cuda"},
+        {"trust_remote_code": True, "allow_unlocked": True, "resize": "256", "device": "cpu"},
+    ],
+)
+def test_a_pasted_command_loads_the_model_that_was_tuned(paste, flags):
+    words = [word for name, value in flags.items() for word in (f"--{name}", *([] if value is True else [value]))]
+    args, _ = paste(command_of(row(8, 0.5, 1e-6), *words))
+    assert {name: getattr(args, name) for name in flags} == flags
+
+
+def test_the_device_that_auto_has_found_is_named(paste):
+    assert paste(command_of(EAGER, kind="cuda"))[0].device == "cuda"
+
+
+def test_each_pick_has_its_command_on_the_terminal_and_in_the_result(paste, search_for, tiny_folder, monkeypatch, tmp_path):
+    """The recorded one shows no path of this machine, or the result would be no evidence."""
+    one_thread = {"environment": {"OMP_NUM_THREADS": "1"}, "without": ["folded_patches"]}
+    points = [EAGER | {"dtype": "bfloat16", "batch_size": 3}, EAGER | one_thread]
+    monkeypatch.setattr(tune, "ask_child", in_this_process)
+    done = search_for(points, "--threshold_percent", 50)
     assert done.code == 0, done.terminal
-    assert os.environ["OMP_NUM_THREADS"] == "1"
-    assert (done.result["dtype"], done.result["levers"]) == ("bfloat16", [])
-    assert (done.result["tuned"]["for"], done.result["tuned"]["environment"]) == ("latency", {"OMP_NUM_THREADS": "1"})
-    assert f"Tuned for latency by {tuned}" in done.log
+    printed = [line.split("] ")[1].strip() for line in done.log.splitlines() if " embed.py " in line]
+    assert len(printed) == len(tune.PICKS) == len(done.result["commands"])
+    for name, told in zip(tune.PICKS, printed, strict=True):
+        pick = done.result["picks"][name]
+        for command, path in ((told, str(tiny_folder)), (done.result["commands"][name], ".../tiny")):
+            args, environment = paste(command)
+            assert {what: getattr(args, what) for what in tune.POINT[:-1]} == {what: pick[what] for what in tune.POINT[:-1]}
+            assert environment == pick["environment"] and args.model_path == path
+    assert evidence.OWN_PATH.search(json.dumps(done.result["commands"])) is None
 
-
-@pytest.mark.parametrize(
-    ("edit", "what"),
-    [
-        (lambda data: data["picks"]["throughput"].update(device_name="Ascend910_9362"), "device: Ascend910_9362, not"),
-        (lambda data: data["tuned_on"]["versions"].update(torch="2.8.0"), "versions: {'torch': '2.8.0'"),
-        (lambda data: data["tuned_on"]["weights"]["sha256"].update({"model.safetensors": "0"}), "weights: "),
-        (lambda data: data["tuned_on"].update({"image size": 448}), "image size: 448, not 64"),
-    ],
-    ids=["device", "versions", "weights", "image size"],
-)
-def test_a_tuning_of_something_else_is_refused_in_one_line(tuned, run, tiny_folder, edit, what):
-    change(tuned, edit)
-    done = run("--image_path", PHOTO, "--model_path", tiny_folder, "--device", "cpu", "--tuned", "throughput")
-    assert done.code == 2
-    last = done.terminal.splitlines()[-1]
-    assert last.startswith(f"error: --tuned: {tuned} is of another {what}")
-    assert last.endswith("run again: python eval/tune.py --device cpu")
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--device", "cpu"), "nothing was found for it yet; run first: python eval/tune.py --device cpu"),
-        (("--device", "auto"), "name the device that was tuned"),
-        (("--device", "cpu", "--random_weights"), "nothing was found for it yet"),
-    ],
-)
-def test_without_a_tuning_the_way_to_one_is_said(run, tiny_folder, flags, message):
-    done = run("--image_path", PHOTO, "--model_path", tiny_folder, "--tuned", "faithful", *flags)
-    assert done.code == 2
-    assert message in done.terminal.splitlines()[-1]
-
-
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="torch would use one thread in any case")
-def test_the_picks_environment_is_there_before_torch(tuned, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    flags = ("--model_path", tiny_folder, "--device", "cpu", "--tuned", "throughput", "--results_dir", tuned.parent)
-    done = run_script("inference.py", "--image_path", PHOTO, *flags, "--output_log", tmp_path / "log")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tuned.parent / "inference_cpu.json").read_text())["device_name"].endswith(", 1 threads")
-
-
-def test_the_manual_names_what_can_be_picked():
-    for module in (inference, tune):
-        (action,) = (action for action in module.make_parser()._actions if action.dest == "tuned")
-        assert tuple(action.choices) == tune.PICKS
+    (tmp_path / "photos").mkdir()
+    shutil.copy(SAMPLES / "chelsea.jpg", tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    words = printed[tune.PICKS.index("faithful")].partition(" embed.py ")[2].split()
+    assert embed.main([*words, "--num_workers", "0", "--output_log", "log", "--results_dir", "results"]) == 0
+    made_from = json.loads((tmp_path / "features" / "manifest.json").read_text())["made_from"]
+    assert (made_from["dtype"], made_from["levers"]) == ("float32", ["stacked_qkv"])
