@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import time
 from argparse import Namespace
@@ -49,6 +50,7 @@ from bulk.parts import (
     Unit,
     bytes_per_image,
     check_disk,
+    clear_leftovers,
     find_changed,
     part_files,
     write_failures,
@@ -96,6 +98,8 @@ def make_plan(args: Namespace, sources: Sources, recipe: Recipe, lock: RunLock |
     layout = Layout(lock.folder, recipe.part_size, recipe.shapes, args.feature_dtype, recipe.made_with)
     plan = Plan(layout, sources)
     with lock.planning() as may_open:
+        if may_open:
+            clear_leftovers(lock.folder)
         agree_on_round(plan, recipe.manifest, args.add, args.retry_failed, may_open)
     return plan
 
@@ -186,7 +190,13 @@ def make_parts(
     done: list[tuple[list[Row], Features]] = []
     full: list[tuple[Part, list[tuple[list[Row], Features]]]] = []
     with PartWriter(work.layout, check, finished) as writer:
-        for part, first, rows, features in compute(work, encoder, decoder.decode(work.batches())):
+        for made in compute(work, encoder, decoder.decode(work.batches())):
+            if made is None:  # no more comes, or not at the moment: what was held back are failures
+                while full:
+                    writer.write(*full.pop(0))
+                writer.wait()
+                continue
+            part, first, rows, features = made
             lost.count(part.images[first:], rows)
             progress.count(part, first, rows)
             if first == 0:
@@ -196,14 +206,15 @@ def make_parts(
                 full.append((part, done))
             while full and not lost.in_a_row:  # else a disk may be gone, and these are no failures
                 writer.write(*full.pop(0))
-        for held_back in full:
-            writer.write(*held_back)
     log.info(f"{progress}")
 
 
-def compute(work: Work, encoder: Encoder, decoded: Iterator[Batch | None]) -> Iterator[tuple[Part, int, list[Row], Features]]:
+def compute(
+    work: Work, encoder: Encoder, decoded: Iterator[Batch | None]
+) -> Iterator[tuple[Part, int, list[Row], Features] | None]:
     """Rows and features of each batch, with its part and its place there; they are fetched only after the next one is queued.
 
+    None where no batch comes at the moment, and at the end.
     No more of a part once a file of it cannot be read. An image whose features are not numbers has failed.
     """
     queued = None
@@ -225,6 +236,8 @@ def compute(work: Work, encoder: Encoder, decoded: Iterator[Batch | None]) -> It
             for row in np.flatnonzero(~inference.finite_rows(features)):
                 rows[row] = rows[row]._replace(reason=rows[row].reason or "its features hold NaN or Inf")
             yield part, first, rows, features
+        if batch is None:
+            yield None
         queued = following
 
 
@@ -297,7 +310,8 @@ def run(args: Namespace) -> int:
     """The body of the script."""
     rank, ranks = which_rank()
     with rounds.lock(output_folder(args), rank, ranks) as lock:  # before anything that takes time
-        device = inference.open_as_asked(args) if args.device == "auto" else None
+        here = args.random_weights or os.path.isdir(args.model_path)
+        device = inference.open_as_asked(args) if args.device == "auto" or not here else None  # else workers are forked first
         sources = list_sources(args.image_path)
         log.info(f"{sources}")
         kind = device.kind if device else args.device.partition(":")[0]

@@ -70,13 +70,20 @@ class Maker(embed.Progress):
         """Load the model."""
         import ray
 
+        node = ray.util.get_node_ip_address()
+        try:
+            os.chdir(self.args.working_folder)  # at which relative paths begin
+        except OSError as error:
+            raise UsageError(
+                f"node {node}: {self.args.working_folder}: {error.strerror}; it must be there on all nodes"
+            ) from error
         inference.limit_megapixels(self.args)
         self.model = levers.load_as_asked(self.args, inference.open_as_asked(self.args))
         recipe = embed.recipe_of(self.args, self.model)
         files = sorted([*inference.ROOT.glob("*.py"), *inference.ROOT.glob("bulk/*.py")])
         code = {path.name: inference.sha256(path) for path in files}
         same = recipe.manifest["made_from"] | {"versions": recipe.manifest["versions"], "code": code}
-        return Opened(ray.util.get_node_ip_address(), recipe, same, inference.is_trial(self.args, self.model))
+        return Opened(node, recipe, same, inference.is_trial(self.args, self.model))
 
     def make(self, unit: Unit, layout: Layout, batch_size: int) -> tuple[int, int, str]:
         """Make a unit. Returns how many images it has and how many failed, or why it was given up."""
@@ -136,7 +143,11 @@ def drive(args: Namespace, sources: Sources, lock: rounds.RunLock | rounds.Lease
         batch_size = plan.batch_size(first.recipe.batch_size)
         told = f"{len(plan.unfinished())} of {len(plan.numbers)} parts to do"
         log.info(f"{told}; {len(makers)} workers, batch size {batch_size}, {args.execution}")
-        embed.finish(plan, make_all(makers, first, plan, batch_size, lock.check_folder), 0)
+        given_up = make_all(makers, first, plan, batch_size, lock.check_folder)
+        if not given_up and (left := plan.unfinished()):
+            told = f"{len(left)} parts that workers have written are not in {plan.layout.folder}"
+            raise UsageError(f"{told}: it must be the same folder on all nodes")
+        embed.finish(plan, given_up, 0)
     except UsageError as error:
         raise UsageError(f"{error}; {plan.how_to_go_on()}") from error
     except KeyboardInterrupt:
@@ -153,7 +164,9 @@ def start(args: Namespace, resource: str) -> list[Any]:
     if not 0 < count <= there.get(resource, 0):
         had = ", ".join(f"{name}: {amount:g}" for name, amount in sorted(there.items()) if ":" not in name)
         raise UsageError(f"the cluster has too few {resource}s for {max(count, 1)} workers; it has {had}")
-    cores = max(1, int(there["CPU"] // count))
+    able = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource)]
+    of_a_node = min(node.get("CPU", 0) // (count if resource == "CPU" else node[resource]) for node in able)
+    cores = max(1, int(min(of_a_node, there.get("CPU", 0) // count)))
     args.num_workers = max(1, min(16, cores - 1)) if args.num_workers is None else args.num_workers
     needs = {"num_cpus": min(cores, 1 + args.num_workers), "num_gpus": int(resource == "GPU")}
     needs |= {"resources": {resource: 1}} if resource not in ("CPU", "GPU") else {}
@@ -244,6 +257,8 @@ def make_all(makers: list[Any], first: Opened, plan: Plan, batch_size: int, chec
                     if maker not in resting.values():
                         resting[maker.open.options(max_task_retries=-1).remote()] = maker
                     deaths[number] += 1
+                    if any(other == number for _, other, _ in under_way.values()):
+                        continue  # another worker is making it
                     if deaths[number] <= RETRIES:
                         left.appendleft(number)
                         continue
@@ -252,10 +267,11 @@ def make_all(makers: list[Any], first: Opened, plan: Plan, batch_size: int, chec
                 if deaths[number] and number in left:
                     left.remove(number)
                 images, failures = images + counts[0], failures + counts[1]
-                plan.changed.discard(number)
                 if counts[2]:
                     given_up[number] = counts[2]
                     log.error(f"Part {number} is left unwritten: {counts[2]}")
+                else:
+                    plan.changed.discard(number)
                 bar.update()
             if len(resting) == len(makers) and time.monotonic() - heard > START_S:
                 raise UsageError(f"all workers died, and none was begun anew in {START_S} s")
@@ -290,6 +306,7 @@ def run(args: Namespace) -> int:
         import ray  # noqa: F401
     except ImportError as error:
         raise UsageError(f"{error}. Run: pip install -r requirements-cluster.txt") from error
+    args.working_folder = os.getcwd()
     with rounds.lock(embed.output_folder(args), 0, 1) as lock:  # before anything that takes time
         sources = list_sources(args.image_path)
         log.info(f"{sources}")

@@ -1020,6 +1020,8 @@ class Preprocess:
             edges = (round(self.resize[0] * scale), round(self.resize[1] * scale))
         if decode == "fast" and self.resample not in FAST_FILTERS:
             raise UsageError(f"--decode fast: not for this checkpoint's filter ({Image.Resampling(self.resample).name})")
+        if decode == "fast" and (edges if isinstance(edges, int) else min(edges)) < size:
+            raise UsageError("--decode fast: not for a checkpoint whose crop is larger than what it is cut from")
         return dataclasses.replace(self, resize=edges, image_size=size, decode=decode)
 
 
@@ -1151,6 +1153,15 @@ def is_image_name(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(path).startswith("._")
 
 
+# Which systems fill with thumbnails, or with what was deleted.
+SYSTEM_FOLDERS = re.compile(r"@eadir|__macosx|#recycle|\$recycle\.bin|\.(thumbnails|thumb|trash(es|-\d+)?)", re.IGNORECASE)
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether it is a file, and in no folder that a system fills."""
+    return not any(map(SYSTEM_FOLDERS.fullmatch, path.parent.parts)) and path.is_file()
+
+
 def find_images(arguments: Sequence[str]) -> list[str]:
     """Paths of the images that files, globs and folders name, in a fixed order. Raises UsageError where one names nothing."""
     paths: list[str] = []
@@ -1163,7 +1174,7 @@ def find_images(arguments: Sequence[str]) -> list[str]:
         for path in found:
             if path.lower().endswith((".txt", ".tar")) and path == argument:
                 raise UsageError(f"--image_path {path}: lists and tars are for embed.py, which takes --output FOLDER/")
-            inside = sorted(map(str, Path(path).rglob("*"))) if os.path.isdir(path) else [path]
+            inside = sorted(map(str, filter(is_own_file, Path(path).rglob("*")))) if os.path.isdir(path) else [path]
             paths += inside if inside == [argument] else filter(is_image_name, inside)
     if not paths:
         raise UsageError(f"--image_path {' '.join(arguments)}: no images in it")
@@ -1194,6 +1205,9 @@ def crops_of(photos: Sequence[str | Path | Image.Image], preprocess: Preprocess)
 UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))
 
 
+RAISED_BY = "--max_megapixels raises it, in Python PIL.Image.MAX_IMAGE_PIXELS"
+
+
 def decode(data: bytes | Image.Image, least_edge: int | None = None) -> Image.Image:
     """An image in RGB or L, upright (EXIF), its first frame if it is animated, from a file's bytes. Raises BadImage.
 
@@ -1219,7 +1233,7 @@ def decode(data: bytes | Image.Image, least_edge: int | None = None) -> Image.Im
         raise BadImage(_tiff_bands(data) or f"not an image that can be read ({', '.join(IMAGE_FORMATS)})") from error
     except Image.DecompressionBombError as error:
         limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6  # Pillow warns from the number on, and refuses twice of it
-        raise BadImage(f"more pixels than the limit of {limit:.0f} megapixels; --max_megapixels raises it") from error
+        raise BadImage(f"more pixels than the limit of {limit:.0f} megapixels; {RAISED_BY}") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
@@ -1625,7 +1639,7 @@ def settle(args: argparse.Namespace, kind: str, trial: bool) -> None:
     args.results = Path(args.results_dir) if args.results_dir else ROOT / "results" / folder
     rank = f"_rank{rank_of('RANK', 0)}" if rank_of("RANK", 0) else ""
     open_log(Path(args.output_log) if args.output_log else ROOT / "logs" / folder / f"{name}{rank}.log")
-    if args.script != "embed":
+    if not args.script.startswith("embed"):
         require_writable(args.results)
 
 
@@ -1849,7 +1863,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_feature_arguments(parser: argparse.ArgumentParser, images: str, output: str) -> None:
-    """The flags about features that inference.py and embed.py share."""
+    """The flags about features that inference.py, embed.py and embed_cluster.py share."""
     add = parser.add_argument_group("images and features").add_argument
     add("--image_path", nargs="+", required=True, metavar="PATH", help=images)
     add("--output", metavar="PATH", help=output)

@@ -1,1 +1,4 @@
-"""What embed.py is made of, one job a file: an image goes through sources, decoding, encoder and parts in this order."""
+"""What embed.py and embed_cluster.py are made of, one job a file.
+
+An image goes through sources, decoding, encoder (with levers) and parts in this order; storage is where files lie, and rounds
+says whose turn it is to write."""

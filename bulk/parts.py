@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -145,8 +146,10 @@ class Plan:
             self.changed.discard(part.number)
 
     def how_to_go_on(self) -> str:
-        finished = len(self.numbers) - len(self.unfinished())
-        told = f"{finished} of {len(self.numbers)} parts are finished in {self.layout.folder}"
+        told = f"parts are in {self.layout.folder}"
+        with suppress(UsageError):  # storage that does not answer, which may be why
+            finished = len(self.numbers) - len(self.unfinished())
+            told = f"{finished} of {len(self.numbers)} parts are finished in {self.layout.folder}"
         return f"{told}; run the same command again to go on"
 
     def batch_size(self, wanted: int) -> int:
@@ -221,9 +224,13 @@ class PartWriter:
 
     def write(self, part: Part, batches: list[tuple[list[Row], Features]]) -> None:
         """Begin to write a part when the one before is written. Raises UsageError where that could not be."""
+        self.wait()
+        self._writing = self._pool.submit(self._write, part, batches)
+
+    def wait(self) -> None:
+        """Until the part before is written. Raises UsageError where that could not be."""
         if self._writing:
             self._writing.result()
-        self._writing = self._pool.submit(self._write, part, batches)
 
     def _write(self, part: Part, batches: list[tuple[list[Row], Features]]) -> None:
         self.check()
@@ -278,20 +285,22 @@ def find_changed(plan: Plan, numbers: Iterable[int]) -> None:
     """
     all_changed: list[str] = []
     for number in numbers:
-        arrays = ("index", "failed_index", "path", "size", "mtime", "tar", "tar_size", "tar_mtime")
-        found = read_part(plan.layout.path(number), *arrays)
+        found = read_part(plan.layout.path(number), "tar", "tar_size", "tar_mtime", "index", "failed_index")
         if found is None:
             continue
-        index, failed_index, path, size, mtime, tar, *stamp = (values.tolist() for values in found)
+        tar, *stamp, index, failed_index = (values.tolist() for values in found)
         if tar:
             pairs = [(tar, tuple(stamp), stamp_of(tar)[1:])]
             before = min([*index, *failed_index], default=0) % TAR_STEP // plan.layout.part_size
             if any(read_part(plan.layout.path(number, stretch), "tar") is None for stretch in range(before)):
                 plan.changed.add(number)
-        else:
+        elif rows := read_part(plan.layout.path(number), "path", "size", "mtime"):
+            path, size, mtime = (values.tolist() for values in rows)
             then = dict(zip(path, zip(size, mtime)))
             images = plan.unit(number).images
             pairs = [(key.name, then[key.name], size_and_mtime(key)) for key in images if key.name in then]
+        else:
+            continue
         changed = [name for name, before, now in pairs if now not in (before, (0, 0))]
         if changed:
             plan.changed.add(number)
@@ -316,10 +325,17 @@ def check_disk(plan: Plan) -> None:
         raise UsageError(f"--output {layout.folder}: {told}; make room, save less, or use --feature_dtype float16")
 
 
+def clear_leftovers(folder: str) -> None:
+    """Remove what a killed run left of parts. For when no other rank writes yet."""
+    for name in storage.names_in(folder):
+        if re.fullmatch(r"\.part-.*\.tmp", name):
+            storage.remove(f"{folder}/{name}")
+
+
 def write_failures(folder: str) -> int:
     """Gather the failures of all parts, but for what a later part holds, in failures.jsonl; returns how many there are.
 
-    What a killed run left of parts is cleared away. Raises UsageError if there is nothing but failures.
+    Raises UsageError if there is nothing but failures.
     """
     failures: dict[str, dict[str, Any]] = {}
     makers: dict[str, str] = {}
@@ -336,9 +352,6 @@ def write_failures(folder: str) -> int:
         failures |= {name: {"index": index, "path": name, "reason": reason} for index, name, reason in zip(*failed)}
     with storage.replacing(f"{folder}/failures.jsonl") as file:
         file.write("".join(json.dumps(failure) + "\n" for failure in failures.values()).encode())
-    for name in storage.names_in(folder):
-        if re.fullmatch(r"\.part-.*\.tmp", name):
-            storage.remove(f"{folder}/{name}")
     if len(makers) > 1:
         listed = "; ".join(f"from {name}: {made_with}" for made_with, name in makers.items())
         log.warning(f"The parts were not all made with the same versions and device: {listed}")

@@ -122,6 +122,7 @@ class _Held:
             elif stamp.tar:
                 self.tars.setdefault(stamp.tar, []).append(stamp)
         self.names, self.stamps = (np.concatenate([np.empty(0, np.uint64), *digests]) for digests in (names, stamps))
+        self.stamps.sort()
         self.failed = {name for name, held in zip(failed, self.has(failed)) if not held}
 
     def has(self, names: list[str]) -> np.ndarray:
@@ -130,7 +131,9 @@ class _Held:
     def has_changed(self, key: ImageKey) -> bool:
         """Whether an image that is held is there, and no row is of it as it is now."""
         size, mtime = size_and_mtime(key)
-        return mtime != 0 and not np.isin(_digests([_stamped(key.name, size, mtime)]), self.stamps).item()
+        [digest] = _digests([_stamped(key.name, size, mtime)])
+        place = np.searchsorted(self.stamps, digest)
+        return mtime != 0 and not (place < len(self.stamps) and self.stamps[place] == digest)
 
     def what_is_left_of(self, sources: Sources, add: bool, retry_failed: bool) -> tuple[Sources, list[str]]:
         """What --add takes (what no part holds, or not as it is now) and --retry_failed (what failed); and what has changed."""

@@ -59,7 +59,7 @@ class ImageList:
 
     def __init__(self, keys: Iterable[ImageKey] = ()) -> None:
         self._data, self._ends = bytearray(), array("Q")
-        self._folder, self._first = "", 0  # of the last image, and the place of the first one there
+        self._folder, self._first = None, 0  # of the last image, and the place of the first one there
         for key in keys:
             self.append(*key)
 
@@ -168,7 +168,7 @@ def walk_files(folder: str, left_out: Counter[str]) -> Iterator[str]:
             folders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        entered = sorted(name for name in folders if not storage.SYSTEM_FOLDERS.fullmatch(name))
+        entered = sorted(name for name in folders if not inference.SYSTEM_FOLDERS.fullmatch(name))
         if len(entered) < len(folders):
             left_out["system folders left out"] += len(folders) - len(entered)
         folders[:] = entered

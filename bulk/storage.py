@@ -16,6 +16,8 @@ import stat
 import tarfile
 import tempfile
 import time
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,8 +29,6 @@ import inference
 from inference import BadImage, UsageError, first_line
 
 MAX_FILE_BYTES = 1 << 30
-# Which systems fill with thumbnails, or with what was deleted.
-SYSTEM_FOLDERS = re.compile(r"@eadir|__macosx|#recycle|\$recycle\.bin|\.(thumbnails|thumb|trash(es|-\d+)?)", re.IGNORECASE)
 DELAYS = (0.5, 2.0, None)  # between tries, in s, beside those of a library
 BLOCK_BYTES = 4 << 20  # that are read ahead of a remote file
 ATOMIC = {"s3", "obs", "gs", "gcs", "oss", "az", "abfs"}  # there an upload appears whole, elsewhere by a move
@@ -54,8 +54,9 @@ def as_named(argument: str) -> str:
     """A path as it is used from here on. Raises UsageError for one that carries credentials."""
     if re.match(r"(s3|obs|hdfs):(/[^/]|/*$)", argument):  # it would be a folder of this machine, called s3:
         raise UsageError(f"{argument}: no address of object storage: they begin as s3://bucket/ does")
-    shown = without_credentials(argument)
-    if shown != argument and is_remote(argument):
+    shown, (path, _, query) = without_credentials(argument), argument.partition("?")
+    secret = re.search(r"://[^/\s@]*:[^/\s@]*@", path) or without_credentials(query) != query
+    if is_remote(argument) and secret:
         told = "credentials in a path would be written down; use the library's own way (such as AWS_PROFILE)"
         raise UsageError(f"{shown}: {told}")
     return argument.removeprefix("file://")
@@ -114,7 +115,7 @@ def find(path: str, left_out: Counter[str]) -> Iterator[Entry]:
                 left_out.update({"folders without a name left out": 1} if is_directory else {})  # else it is its own marker
             elif not is_directory:
                 files.append(_entry(_named(path, root, name), info))
-            elif SYSTEM_FOLDERS.fullmatch(name.rpartition("/")[2]):
+            elif inference.SYSTEM_FOLDERS.fullmatch(name.rpartition("/")[2]):
                 left_out["system folders left out"] += 1
             else:
                 below.append(name)
@@ -180,7 +181,7 @@ def translated(path: str) -> Iterator[None]:
     """Whatever a remote library raises becomes an OSError: each has classes of its own."""
     try:
         yield
-    except (OSError, UsageError, BadImage, tarfile.TarError, EOFError, ValueError):
+    except (OSError, UsageError, BadImage, tarfile.TarError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
         raise
     except Exception as error:
         told = without_credentials(f"{type(error).__name__}: {first_line(error)}")
@@ -257,12 +258,15 @@ def opened(path: str) -> Iterator[Any]:
 
 
 def names_in(folder: str) -> list[str]:
-    """Names of the files in a folder, in no order; none where it is not there."""
-    if not is_remote(folder):
-        return os.listdir(folder) if os.path.isdir(folder) else []
-    system, root = remote(folder)
-    with translated(folder), suppress(FileNotFoundError):
-        return [path.rpartition("/")[2] for path in system.ls(root, detail=False)]
+    """Names of the files in a folder, in no order; none where it is not there. Raises UsageError where nobody answers."""
+    try:
+        if not is_remote(folder):
+            return os.listdir(folder) if os.path.isdir(folder) else []
+        system, root = remote(folder)
+        with translated(folder), suppress(FileNotFoundError):
+            return [path.rpartition("/")[2] for path in system.ls(root, detail=False)]
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be listed ({error.strerror or first_line(error)})") from error
     return []
 
 

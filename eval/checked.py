@@ -132,13 +132,16 @@ def audit_cells(result: dict[str, Any]) -> list[str]:
     """What the audit's rows say of it: hardware, output, accuracy, performance."""
     rows = summary_rows(result)
     ways = [sum(int(row["ran"].split("/")[place]) for row in rows) for place in (0, 1)]
-    strict, half = (max(row["error"][dtype] for row in rows) for dtype in ("float32", "float16"))
+    graphs = [sum(int(row["captured"].split("/")[place]) for row in rows) for place in (0, 1)]
+    worst = [[row["error"][dtype] for row in rows] for dtype in ("float32", "float16")]
+    strict, half = ("-" if None in found else f"{max(found):.1e}" for found in worst)
     default, least = (max(row["operators"][name] for row in rows) for name in ("default", "half"))
+    operators = f"operators an image: {default} (default), {least} (float16, all levers)"
     return [
         f"no hardware; torch_npu {', '.join(row['torch_npu'] for row in rows)}",
         f"runs: {ways[0]}/{ways[1]} ways",
-        f"error against the CPU: {strict:.1e} (float32), {half:.1e} (float16)",
-        f"no speed; operators an image: {default} (default), {least} (float16, all levers); captured as a graph",
+        f"error against the CPU: {strict} (float32), {half} (float16)",
+        f"no speed; {operators}; captured as a graph: {graphs[0]}/{graphs[1]} ways",
     ]
 
 

@@ -154,5 +154,12 @@ def keeping(args: argparse.Namespace, result: dict[str, Any], device: Device) ->
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; {kept}") from None
     except Exception as error:
+        if inference.is_lost(error):
+            told = (
+                str(error)
+                if isinstance(error, inference.DeviceLost)
+                else inference.what_lost_means(inference.failed_operator(error))
+            )
+            raise inference.DeviceLost(f"{told}; {kept}") from error
         raise RuntimeError(f"{type(error).__name__}: {inference.first_line(error)}; {kept}") from error
     path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What eval_accuracy.py computes from arrays: errors, verdicts of a stage, what features are worth, the field's yardsticks."""
+"""What eval_accuracy.py computes from arrays: errors, verdicts of a stage, the field's yardsticks."""
 
 from __future__ import annotations
 

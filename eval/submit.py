@@ -118,6 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     if args.device == "auto":
         parser.error("--device auto: name the device that is submitted, such as npu")
+    for flag in ("results_dir", "output_log"):
+        if getattr(args, flag):
+            parser.error(f"--{flag}: not here: the page is made of results/ and logs/")
     flags = [word for word in words if word != "--again"]
     flags += [] if any(word.startswith("--device") for word in words) else ["--device", args.device]
     last_words = "stopped; what is measured is kept: run the same command to go on"

@@ -240,7 +240,10 @@ def test_a_bmp_whose_fourth_byte_nobody_set_is_no_blank_image(cat):
         (b"", "empty file"),
         (b"a text that calls itself an image", "not an image that can be read"),
         ((SAMPLES / "chelsea.jpg").read_bytes()[:9000], "truncated"),
-        (png_header(14_000, 14_000), "^more pixels than the limit of 179 megapixels; --max_megapixels raises it$"),
+        (
+            png_header(14_000, 14_000),
+            "^more pixels than the limit of 179 megapixels; --max_megapixels raises it, in Python PIL.Image.MAX_IMAGE_PIXELS$",
+        ),
         (png_header(50, 50), "OSError|SyntaxError|truncated"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image that can be read"),
     ],
@@ -273,7 +276,7 @@ def test_the_limit_of_pixels_is_the_flags(run, tiny_folder, tmp_path, monkeypatc
     done = run("--image_path", tmp_path / "large.png", "--model_path", tiny_folder, "--device", "cpu", *flags)
     assert done.code == (0 if fits else 2)
     if not fits:
-        last = f"error: {tmp_path}/large.png: more pixels than the limit of 1 megapixels; --max_megapixels raises it"
+        last = f"error: {tmp_path}/large.png: more pixels than the limit of 1 megapixels; {inference.RAISED_BY}"
         assert done.terminal.splitlines()[-1] == last
 
 
@@ -392,3 +395,11 @@ def test_lists_and_tars_are_for_embed(run, tmp_path, name):
     done = run("--image_path", tmp_path / name, "--device", "cpu")
     assert done.code == 2
     assert done.terminal.splitlines()[-1].endswith(f"{name}: lists and tars are for embed.py, which takes --output FOLDER/")
+
+
+def test_folders_of_systems_and_folders_with_an_images_name_are_no_photos(tmp_path):
+    for name in ("a.jpg", "@eaDir/b.jpg", "x/.thumbnails/c.jpg", "__MACOSX/d.jpg", "x/e.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.jpg").mkdir()
+    assert inference.find_images([str(tmp_path)]) == [f"{tmp_path}/a.jpg", f"{tmp_path}/x/e.png"]

@@ -22,8 +22,10 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 import embed
 from bulk import decoding
-from bulk.decoding import read_crop
+from bulk.decoding import Decoder, read_crop
 from bulk.encoder import Encoder
+from bulk.parts import Layout, Unit
+from bulk.sources import ImageKey
 from bulk_runs import PHOTO, broken_copy, column, contents, failing, failures, make_tar, rows
 from conftest import SAMPLES, TINY
 
@@ -501,3 +503,28 @@ def test_a_run_on_an_npu_gives_what_the_cpu_gives(whole_captures, bulk, tmp_path
     found, expected = (np.array(column(tmp_path / kind, "class_token")) for kind in ("npu", "cpu"))
     assert np.linalg.norm(found - expected) < 5e-6 * np.linalg.norm(expected)
     assert column(tmp_path / "npu", "path") == column(tmp_path / "cpu", "path")
+
+
+def test_a_part_is_finished_while_nobody_knows_whether_more_will_come(tiny, tiny_folder, photos, tmp_path):
+    """A worker of a cluster is asked for one part after another: its last one may end in photos that are nowhere."""
+    flags = ["--image_path", "x", "--output", str(tmp_path), "--model_path", str(tiny_folder), "--device", "cpu"]
+    args = embed.parse(embed.make_parser(), flags)
+    args.script = "embed"
+    recipe = embed.recipe_of(args, tiny)
+    layout = Layout(str(tmp_path), 10, recipe.shapes, "float32", recipe.made_with)
+    images = [*map(ImageKey, map(str, sorted(photos.iterdir())[:3])), ImageKey("/nowhere/a.jpg")]
+    finished = []
+
+    def units():
+        yield Unit(0, 0, images)
+        for _ in range(300):
+            if finished:
+                return
+            time.sleep(0.02)
+            yield None
+        pytest.fail("not written until the end")
+
+    encoder = Encoder(tiny, tuple(recipe.shapes), 2)
+    with Decoder(tiny.preprocess, 2, 0) as decoder:
+        embed.make_parts(embed.Work(layout, units(), 2), encoder, decoder, lambda: None, embed.Progress(1), finished.append)
+    assert len(np.load(tmp_path / "part-00000.npz")["path"]) == 3

@@ -25,6 +25,7 @@ from bulk.parts import (
     Plan,
     bytes_per_image,
     check_disk,
+    clear_leftovers,
     find_changed,
     part_arrays,
     part_files,
@@ -563,12 +564,12 @@ def test_the_last_part_to_hold_an_image_counts_whatever_its_number(tmp_path):
     assert [failure["index"] for failure in failures(tmp_path)] == [3]
 
 
-def test_what_a_killed_run_left_of_parts_is_cleared_away_at_the_end(tmp_path):
-    record(tmp_path, "part-00000.npz", {"a.jpg": 0})
+def test_what_a_killed_run_left_of_parts_is_cleared_away(tmp_path):
+    (tmp_path / "part-00000.npz").touch()
     for name in (".part-00000.npz.0123abcd.tmp", ".part-00007-0001.npz.0123abcd.tmp", ".mine.tmp"):
         (tmp_path / name).touch()
-    write_failures(str(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == [".mine.tmp", "failures.jsonl", "part-00000.npz"]
+    clear_leftovers(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == [".mine.tmp", "part-00000.npz"]
 
 
 def test_nothing_but_failures_is_no_success(tmp_path):

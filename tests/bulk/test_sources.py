@@ -337,3 +337,8 @@ def test_what_must_be_there_for_an_image_is_its_folder_or_its_tar():
     assert (ImageKey("a.jpg").folder, ImageKey("b/a.jpg").folder) == (".", "b")
     member = ImageKey("b/c.tar/a.jpg", 7, 512, 9)
     assert (member.folder, member.file) == ("b/c.tar", "b/c.tar")
+
+
+def test_an_image_in_the_topmost_folder_keeps_its_name():
+    names = ["/photo.jpg", "/other.jpg", "plain.jpg", "/photos/a.jpg", "/photos/b.jpg"]
+    assert [key.name for key in ImageList(map(ImageKey, names))] == names

@@ -7,7 +7,7 @@ import os
 
 import inference
 import pytest
-from inference import BadImage
+from inference import BadImage, UsageError
 
 from bulk import storage
 from bulk.storage import Unreadable, read
@@ -78,3 +78,23 @@ def test_a_file_over_the_limit_is_not_read(tmp_path, monkeypatch):
         file.truncate(storage.MAX_FILE_BYTES + 1)
     with pytest.raises(BadImage, match="1,073,741,825 bytes, over the limit of 1,073,741,824"):
         read(str(path))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://bucket/design=blue/",
+        "s3://bucket/tokenizer=x/a.jpg",
+        "abfs://container@account.dfs.core.windows.net/x",
+        "hdfs://me@host/x",
+    ],
+)
+def test_an_address_without_a_secret_is_taken(address):
+    assert storage.as_named(address) == address
+
+
+@pytest.mark.parametrize("address", ["s3://key:secret@bucket/x", "s3://bucket/a.jpg?X-Amz-Signature=0123"])
+def test_an_address_with_a_secret_is_refused_and_not_shown(address):
+    with pytest.raises(UsageError, match="credentials in a path") as refused:
+        storage.as_named(address)
+    assert "secret@" not in str(refused.value) and "0123" not in str(refused.value)

@@ -154,7 +154,7 @@ def test_what_ran_without_an_npu_stands_beside_the_npus_column_and_never_in_it(b
     assert photo[1] == "**BLOCKED**" and accuracy[1] == speed[1] == "not measured"
     assert hardware[2] == "no hardware; torch_npu 2.13.0, 2.9.0" and photo[2] == "runs: 14/15 ways"
     assert accuracy[2] == "error against the CPU: 2.8e-07 (float32), 1.5e-03 (float16)"
-    assert speed[2] == "no speed; operators an image: 147 (default), 51 (float16, all levers); captured as a graph"
+    assert speed[2] == "no speed; operators an image: 147 (default), 51 (float16, all levers); captured as a graph: 2/4 ways"
     assert files[2] == "`torch_npu_check`: [json](results/torch_npu_check.json)"
     proven = {"en": "It shows nothing of CANN, its kernels or speed.", "zh": "不证明 CANN、其算子与速度。"}
     for language, proves in proven.items():
@@ -330,6 +330,13 @@ def test_of_few_stages_all_are_shown(bundle):
     save(bundle, "accuracy_eval", stages=rows)
     assert stage_names(bundle, "CPU") == [row["stage"] for row in rows]
     assert "largest own errors" not in evidence.details_page(evidence.read_evidence(bundle))
+
+
+def test_every_cause_of_blocked_has_its_chinese():
+    reasons = [reason for _pattern, reason, _what_to_do in inference.NPU_ERRORS]
+    assert (
+        reasons and [reason for reason in reasons if re.search("[a-z]{3}", tables.chinese(reason).replace("torch", ""))] == []
+    )
 
 
 # --- what is refused ---

@@ -122,7 +122,7 @@ def test_flags_go_to_the_steps_that_run_the_model(stand_ins):
     assert given["pca"] == given["inference"] == "['--image_path', 'assets/samples', '--dtype', 'float16', '--device', 'npu']"
 
 
-@pytest.mark.parametrize("flags", [["--device", "auto"], ["--devise", "npu"], ["--device", "tpu"]])
+@pytest.mark.parametrize("flags", [["--device", "auto"], ["--devise", "npu"], ["--device", "tpu"], ["--results_dir", "x"]])
 def test_a_wrong_flag_is_one_line_and_runs_nothing(stand_ins, capsys, flags):
     with pytest.raises(SystemExit) as ended:
         submit.main(flags)
