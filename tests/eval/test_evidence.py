@@ -334,9 +334,9 @@ def test_of_few_stages_all_are_shown(bundle):
 
 def test_every_cause_of_blocked_has_its_chinese():
     reasons = [reason for _pattern, reason, _what_to_do in inference.NPU_ERRORS]
-    assert (
-        reasons and [reason for reason in reasons if re.search("[a-z]{3}", tables.chinese(reason).replace("torch", ""))] == []
-    )
+    assert len(reasons) > 9
+    for reason in reasons:
+        assert not re.search("[a-z]{3}", re.sub("torch_npu|torch|libc|Python", "", tables.chinese(reason)))
 
 
 # --- what is refused ---
