@@ -175,8 +175,8 @@ NOTES = {
 }
 
 
-# What was run over the stand-in for CANN: the record, heading, columns, rows, note.
-STAND_IN_DETAILS: tuple[tuple[str, str, Sequence[Column], Callable[[dict], Sequence[dict]], str], ...] = (
+# What is of no device's own: the record, heading, columns, rows, note.
+RECORD_DETAILS: tuple[tuple[str, str, Sequence[Column], Callable[[dict], Sequence[dict]], str], ...] = (
     (checked.NAME, "Checked against torch_npu", checked.SUMMARY_COLUMNS, checked.summary_rows, checked.PROVES),
     (
         checked.NAME,
@@ -190,13 +190,17 @@ STAND_IN_DETAILS: tuple[tuple[str, str, Sequence[Column], Callable[[dict], Seque
         *(checked.BESIDE_MSPROBE, "Beside msprobe", checked.MSPROBE_COLUMNS, checked.msprobe_rows),
         "Errors planted in a matrix product: what eval_accuracy.py and Ascend's msprobe, as it comes, say of them.",
     ),
+    (
+        *(tables.TRAINED, "Fast decoding, on trained weights", worth.FAST_COLUMNS, worth.fast_rows),
+        "Features by --decode fast beside those by exact, of the small trained model of the tests.",
+    ),
 )
 
 
-def stand_in_parts(evidence: Evidence) -> Iterator[Part]:
-    """The tables of what ran without an NPU, after how each record was made."""
+def record_parts(evidence: Evidence) -> Iterator[Part]:
+    """Their tables, each after how the record was made."""
     made = None
-    for name, heading, columns, rows_of, note in STAND_IN_DETAILS:
+    for name, heading, columns, rows_of, note in RECORD_DETAILS:
         found = tables.record_table(evidence, name, columns, rows_of)
         if found.rows:
             yield from (f"## {heading}", note)
@@ -219,7 +223,7 @@ def details_page(evidence: Evidence) -> str:
             left_out = other_stages(evidence) if rows_of is worst_stages else []
             parts += [f"## {heading}", *filter(None, [NOTES.get(heading)]), *made, found, *left_out]
             shown.add(name)
-    parts += stand_in_parts(evidence)
+    parts += record_parts(evidence)
     for name in CHECKS:
         if record := evidence.blocked(name):
             parts += [f"## BLOCKED: {name}", f"{tables.plain(record['reason'])}. {tables.plain(record['what_to_do'])}"]
