@@ -1071,11 +1071,12 @@ def read_preprocess(folder: Path, image_size: int, trust_remote_code: bool = Fal
 def _image_processor(folder: Path, where: str, trust_remote_code: bool) -> Any:
     """transformers' image processor with the PIL back end, which is the reference and needs no torchvision."""
     import transformers
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top 5.17 asks for torchvision
 
     pil = {"use_fast": False} if transformers.__version__.startswith("4.") else {"backend": "pil"}
     asked = pil | {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        return transformers.AutoImageProcessor.from_pretrained(folder, **asked)
+        return AutoImageProcessor.from_pretrained(folder, **asked)
     except Exception as error:
         raise UsageError(f"{where}: transformers cannot read the pre-processing ({first_line(error)})") from error
 
