@@ -38,6 +38,7 @@ import stat
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -417,7 +418,7 @@ def require_computing(device: Device) -> None:
     """Raises DeviceLost unless the device computes: what was computed before this is no garbage then, either."""
     number = float(np.random.default_rng().integers(1 << 20))
     if (torch.tensor([number]).to(device.torch_device) + 1).cpu().item() != number + 1:
-        synchronize(device)  # raises what torch_npu has kept to itself, if anything
+        let_it_tell(device)
         raise DeviceLost(what_lost_means())
 
 
@@ -443,6 +444,23 @@ def default_batch_size(kind: str) -> int:
 def synchronize(device: Device) -> None:
     """Wait until the device has finished all that was queued on it (at once on the CPU)."""
     torch.get_device_module(device.torch_device).synchronize()
+
+
+def let_it_tell(device: Device, seconds: float = 10) -> None:
+    """Raise what torch_npu has kept to itself of a device that has stopped computing, which may also never answer."""
+    raised: list[RuntimeError] = []
+
+    def wait() -> None:
+        try:
+            torch.get_device_module(device.torch_device).synchronize(device.torch_device)
+        except RuntimeError as error:
+            raised.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(seconds)
+    if raised:
+        raise raised[0]
 
 
 def time_once(device: Device, run: Callable[[], Any]) -> float:

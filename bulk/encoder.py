@@ -80,7 +80,7 @@ class Encoder:
             chunks, proof, expected, event, _inputs = pending.pop() if pending else self._queue(crops)
             event.synchronize()
             if proof.item() != expected:
-                inference.synchronize(self.model.device)  # raises what torch_npu has kept to itself, if anything
+                inference.let_it_tell(self.model.device)
                 raise DeviceLost(inference.what_lost_means())
             return {name: np.concatenate([inference.to_numpy(chunk[name]) for chunk in chunks]) for name in chunks[0]}
 
