@@ -365,18 +365,23 @@ def set_float32_precision(kind: str, convolutions: bool, products: bool) -> None
         torch.backends.cuda.matmul.fp32_precision = "tf32" if products else "ieee"
 
 
+def with_hidden(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it hides."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or one that it hides, says that memory ran out.
 
     torch_npu 2.9.0 raises a plain RuntimeError, later ones torch.OutOfMemoryError; the CPU's allocator has words of its own.
     """
-    while error is not None:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            return True
-        if isinstance(error, RuntimeError) and re.search(r"out of memory|allocate memory|create a memory", str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    words = re.compile(r"out of memory|allocate memory|create a memory")
+    return any(
+        isinstance(one, (torch.OutOfMemoryError, MemoryError)) or (isinstance(one, RuntimeError) and words.search(str(one)))
+        for one in with_hidden(error)
+    )
 
 
 # What torch_npu raises, once, when a launch in its queue has failed. After it every operator is dropped in silence.
@@ -385,11 +390,7 @@ QUEUE_FAILED = re.compile(r"Inner error (?:is reported as above|happened)")
 
 def is_lost(error: BaseException | None) -> bool:
     """Whether an error, or one that it hides, says that the device's queue has failed."""
-    while error is not None:
-        if isinstance(error, DeviceLost) or QUEUE_FAILED.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(isinstance(one, DeviceLost) or QUEUE_FAILED.search(str(one)) for one in with_hidden(error))
 
 
 def raise_if_lost(error: BaseException) -> None:
@@ -397,18 +398,18 @@ def raise_if_lost(error: BaseException) -> None:
     if isinstance(error, DeviceLost):
         raise error
     if is_lost(error):
-        raise DeviceLost(what_lost_means(failed_operator(error))) from error
+        raise DeviceLost(what_lost_means(error)) from error
 
 
-def failed_operator(error: BaseException) -> str:
-    """What torch_npu says was at work when its queue failed, which need not be the operator that was called."""
-    found = re.search(r"current working operator name is (\w+)", "".join(traceback.format_exception(error)))
-    return found[1] if found else "an operator"
+def what_lost_means(error: BaseException | None = None) -> str:
+    """A line for the user: what happened, what it means, what to do.
 
-
-def what_lost_means(operator: str = "an operator") -> str:
-    """A line for the user: what happened, what it means, what to do."""
-    told = f"{operator} failed on the device, after which torch_npu computes nothing more"
+    The operator is what torch_npu says was at work when its queue failed, which need not be the one that was called.
+    """
+    if isinstance(error, DeviceLost):
+        return str(error)
+    found = re.search(r"current working operator name is (\w+)", "".join(traceback.format_exception(error)) if error else "")
+    told = f"{found[1] if found else 'an operator'} failed on the device, after which torch_npu computes nothing more"
     if os.environ.get("TASK_QUEUE_ENABLE") == "2":
         told += "; with TASK_QUEUE_ENABLE=2 that may be for lack of memory: use a smaller --batch_size, or TASK_QUEUE_ENABLE=1"
     return f"{told}; run the same command again, and if it fails again with ASCEND_LAUNCH_BLOCKING=1 to see where"
@@ -1973,7 +1974,7 @@ def answered(body: Callable[[], int], settle_log: Callable[[], None]) -> int:
         told = f"{type(error).__name__}: {first_line(error)} (unforeseen; the traceback is in the log)"
         if is_lost(error):
             _lost.append(error)
-            told = str(error) if isinstance(error, DeviceLost) else what_lost_means(failed_operator(error))
+            told = what_lost_means(error)
         log.error(f"error: {told}", exc_info=True)
         return 70
 

@@ -25,7 +25,7 @@ from inference import Device, UsageError, log
 
 from measures import finite_or_null
 
-FEATURES = ("class_token", "mean_patch_token")
+FEATURES = inference.JUDGED
 SAMPLES = inference.ROOT / "assets" / "samples"
 START_UP_S = 120.0  # what a child's imports may take
 CHILD = f"""
@@ -155,11 +155,6 @@ def keeping(args: argparse.Namespace, result: dict[str, Any], device: Device) ->
         raise KeyboardInterrupt(f"stopped; {kept}") from None
     except Exception as error:
         if inference.is_lost(error):
-            told = (
-                str(error)
-                if isinstance(error, inference.DeviceLost)
-                else inference.what_lost_means(inference.failed_operator(error))
-            )
-            raise inference.DeviceLost(f"{told}; {kept}") from error
+            raise inference.DeviceLost(f"{inference.what_lost_means(error)}; {kept}") from error
         raise RuntimeError(f"{type(error).__name__}: {inference.first_line(error)}; {kept}") from error
     path.unlink(missing_ok=True)
