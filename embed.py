@@ -191,21 +191,20 @@ def make_parts(
     full: list[tuple[Part, list[tuple[list[Row], Features]]]] = []
     with PartWriter(work.layout, check, finished) as writer:
         for made in compute(work, encoder, decoder.decode(work.batches())):
-            if made is None:  # no more comes, or not at the moment: what was held back are failures
-                while full:
-                    writer.write(*full.pop(0))
-                writer.wait()
-                continue
-            part, first, rows, features = made
-            lost.count(part.images[first:], rows)
-            progress.count(part, first, rows)
-            if first == 0:
-                done = []  # what a part has that was given up is forgotten
-            done.append((rows, features))
-            if first + len(rows) == len(part.images):
-                full.append((part, done))
-            while full and not lost.in_a_row:  # else a disk may be gone, and these are no failures
+            if made is not None:
+                part, first, rows, features = made
+                lost.count(part.images[first:], rows)
+                progress.count(part, first, rows)
+                if first == 0:
+                    done = []  # what a part has that was given up is forgotten
+                done.append((rows, features))
+                if first + len(rows) == len(part.images):
+                    full.append((part, done))
+            # While images in a row are nowhere a disk may be gone, and these are no failures; they are once no more come.
+            while full and (made is None or not lost.in_a_row):
                 writer.write(*full.pop(0))
+            if made is None:
+                writer.wait()
     log.info(f"{progress}")
 
 

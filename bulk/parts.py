@@ -126,9 +126,13 @@ class Plan:
         """The numbers of its parts: those of files, then one for each tar."""
         return range(self.first_part, self.first_part + self.stretches_of_files + len(self.sources.tars))
 
+    def is_of_files(self, number: int) -> bool:
+        """Whether a part is a stretch of the files, and not of a tar."""
+        return number - self.first_part < self.stretches_of_files
+
     def unit(self, number: int) -> Unit:
         place, files, size = number - self.first_part, self.sources.files, self.layout.part_size
-        if place < self.stretches_of_files:
+        if self.is_of_files(number):
             start = place * size
             images = [files[at] for at in range(start, min(start + size, len(files)))]
             return Unit(number, self.first_index + start, images)
@@ -285,22 +289,23 @@ def find_changed(plan: Plan, numbers: Iterable[int]) -> None:
     """
     all_changed: list[str] = []
     for number in numbers:
-        found = read_part(plan.layout.path(number), "tar", "tar_size", "tar_mtime", "index", "failed_index")
+        of_files = plan.is_of_files(number)
+        arrays = ("path", "size", "mtime") if of_files else ("tar", "tar_size", "tar_mtime", "index", "failed_index")
+        found = read_part(plan.layout.path(number), *arrays)
         if found is None:
             continue
-        tar, *stamp, index, failed_index = (values.tolist() for values in found)
-        if tar:
-            pairs = [(tar, tuple(stamp), stamp_of(tar)[1:])]
-            before = min([*index, *failed_index], default=0) % TAR_STEP // plan.layout.part_size
-            if any(read_part(plan.layout.path(number, stretch), "tar") is None for stretch in range(before)):
-                plan.changed.add(number)
-        elif rows := read_part(plan.layout.path(number), "path", "size", "mtime"):
-            path, size, mtime = (values.tolist() for values in rows)
+        values = [array.tolist() for array in found]
+        if of_files:
+            path, size, mtime = values
             then = dict(zip(path, zip(size, mtime)))
             images = plan.unit(number).images
             pairs = [(key.name, then[key.name], size_and_mtime(key)) for key in images if key.name in then]
         else:
-            continue
+            tar, *stamp, index, failed_index = values
+            pairs = [(tar, tuple(stamp), stamp_of(tar)[1:])]
+            before = min([*index, *failed_index], default=0) % TAR_STEP // plan.layout.part_size
+            if any(read_part(plan.layout.path(number, stretch), "tar") is None for stretch in range(before)):
+                plan.changed.add(number)
         changed = [name for name, before, now in pairs if now not in (before, (0, 0))]
         if changed:
             plan.changed.add(number)
@@ -317,7 +322,7 @@ def check_disk(plan: Plan) -> None:
     """Log what the unfinished parts will need. Raises UsageError where the disk has less. Tars count when they are read."""
     unfinished, layout = plan.unfinished(), plan.layout
     each = bytes_per_image(layout.shapes, layout.dtype) + 100  # for what stands beside the features; text is compressed
-    of_files = [number for number in unfinished if number - plan.first_part < plan.stretches_of_files]
+    of_files = list(filter(plan.is_of_files, unfinished))
     needed, free = each * min(len(of_files) * layout.part_size, len(plan.sources.files)), storage.free_bytes(layout.folder)
     told = f"{needed / 1e9:,.3f} GB needed" + ("" if free is None else f" and {free / 1e9:,.3f} GB free")
     log.info(f"Output: {len(unfinished)} parts to write, {told} in {layout.folder}")
