@@ -15,6 +15,7 @@ import tarfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import PurePath
@@ -143,10 +144,7 @@ def list_sources(arguments: Sequence[str]) -> Sources:
             _take_file(sources, path)
 
     for argument in map(storage.as_named, arguments):
-        if storage.is_remote(argument):
-            _for_each_remote(argument, take)
-        else:
-            _for_each_local([argument], take)
+        _for_each(argument, take)
     if not sources.files and not sources.tars:
         raise UsageError(f"--image_path {' '.join(arguments)}: no images in it ({sources})")
     return sources
@@ -191,33 +189,20 @@ def _matches(pattern: str) -> list[str]:
     return sorted(path for path in found if PurePath(path).match(rest.strip("/")))
 
 
-def _for_each_local(arguments: Sequence[str], take: Callable[[str, bool], None]) -> None:
-    """Call take(path, named) for all that paths and glob patterns name, in a fixed order; `named`: by itself, not by a pattern.
+def _for_each(argument: str, take: Callable[[str, bool], None]) -> None:
+    """Call take(path, named) for all that a path or glob pattern names, in a fixed order; `named`: by itself, not by a pattern.
 
-    Raises UsageError where an argument names nothing, or where it cannot be read.
+    Raises UsageError where it names nothing, or where it cannot be read.
     """
-    for argument in arguments:
-        try:
-            named = os.path.exists(argument)
-            matches = [argument] if named else _matches(argument)
-            for match in matches:
-                take(match, named)
-        except OSError as error:
-            raise UsageError(f"--image_path {argument}: cannot be read ({error})") from error
-        if not matches:
-            raise UsageError(f"--image_path {argument}: no such file or folder")
-
-
-def _for_each_remote(argument: str, take: Callable[[str, bool], None]) -> None:
-    """The same for object storage."""
+    is_remote = storage.is_remote(argument)
     try:
-        with storage.translated(argument):
-            named = storage.is_folder(argument) or storage.is_file(argument)
-            found = [argument.rstrip("/")] if named else _matches(argument)
+        with storage.translated(argument) if is_remote else nullcontext():
+            named = storage.is_folder(argument) or storage.is_file(argument) if is_remote else os.path.exists(argument)
+            found = [argument.rstrip("/") if is_remote else argument] if named else _matches(argument)
             for path in found:
                 take(path, named)
     except OSError as error:
-        told = error.strerror or inference.first_line(error)
+        told = (error.strerror or inference.first_line(error)) if is_remote else error
         raise UsageError(f"--image_path {argument}: cannot be read ({told})") from error
     if not found:
         raise UsageError(f"--image_path {argument}: no such file or folder")
