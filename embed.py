@@ -309,7 +309,7 @@ def run(args: Namespace) -> int:
     """The body of the script."""
     rank, ranks = which_rank()
     with rounds.lock(output_folder(args), rank, ranks) as lock:  # before anything that takes time
-        here = args.random_weights or os.path.isdir(args.model_path)
+        here = args.random_weights or os.path.isdir(inference.local_path(args.model_path))
         device = inference.open_as_asked(args) if args.device == "auto" or not here else None  # else workers are forked first
         sources = list_sources(args.image_path)
         log.info(f"{sources}")

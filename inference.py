@@ -625,17 +625,25 @@ def load_as_asked(args: argparse.Namespace, device: Device, **changes: Any) -> L
 # --- a checkpoint: where it is, and whether it is the right one ------------------------------------------------------
 
 
+def is_default_path(model_path: str) -> bool:
+    return model_path.rstrip("/") == DEFAULT_MODEL_PATH
+
+
+def local_path(model_path: str) -> Path:
+    """Where `model_path` is looked for before the hub is asked: the default one in the bundle, wherever a script is run."""
+    return ROOT / model_path if is_default_path(model_path) else Path(model_path).expanduser()
+
+
 def find_weights(model_path: str) -> Path:
     """Local folder of `model_path`, downloaded where it is a hub id. Raises UsageError if there is none."""
-    is_default = model_path.rstrip("/") == DEFAULT_MODEL_PATH
-    path = ROOT / model_path if is_default else Path(model_path).expanduser()
+    path = local_path(model_path)
     if os.path.isdir(path):
         return path
     if os.path.isfile(path):
         convert = f"python weights/convert_native.py {shlex.quote(model_path)} {DEFAULT_MODEL_PATH}"
         what = f"convert Meta's native file once ({convert})" if path.suffix == ".pth" else "name its folder"
         raise UsageError(f"--model_path {model_path}: a file, where a folder in transformers' layout is wanted; {what}")
-    if is_default:
+    if is_default_path(model_path):
         return _download(HUB_ID, f"there are no weights at {DEFAULT_MODEL_PATH}, and ")
     if re.fullmatch(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}", model_path) and not any(
         os.path.exists(folder / path.parent) for folder in (Path(), ROOT)
@@ -1177,9 +1185,10 @@ def is_image_name(path: str) -> bool:
 SYSTEM_FOLDERS = re.compile(r"@eadir|__macosx|#recycle|\$recycle\.bin|\.(thumbnails|thumb|trash(es|-\d+)?)", re.IGNORECASE)
 
 
-def is_own_file(path: Path) -> bool:
-    """Whether it is a file, and in no folder that a system fills."""
-    return not any(map(SYSTEM_FOLDERS.fullmatch, path.parent.parts)) and path.is_file()
+def _files_below(folder: str) -> list[str]:
+    """Sorted paths of the files in a folder and below, less those in folders that a system fills."""
+    below = [path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()]
+    return sorted(str(Path(folder, path)) for path in below if not any(map(SYSTEM_FOLDERS.fullmatch, path.parent.parts)))
 
 
 def find_images(arguments: Sequence[str]) -> list[str]:
@@ -1194,7 +1203,7 @@ def find_images(arguments: Sequence[str]) -> list[str]:
         for path in found:
             if path.lower().endswith((".txt", ".tar")) and path == argument:
                 raise UsageError(f"--image_path {path}: lists and tars are for embed.py, which takes --output FOLDER/")
-            inside = sorted(map(str, filter(is_own_file, Path(path).rglob("*")))) if os.path.isdir(path) else [path]
+            inside = _files_below(path) if os.path.isdir(path) else [path]
             paths += inside if inside == [argument] else filter(is_image_name, inside)
     if not paths:
         raise UsageError(f"--image_path {' '.join(arguments)}: no images in it")

@@ -403,3 +403,10 @@ def test_folders_of_systems_and_folders_with_an_images_name_are_no_photos(tmp_pa
         (tmp_path / name).touch()
     (tmp_path / "folder.jpg").mkdir()
     assert inference.find_images([str(tmp_path)]) == [f"{tmp_path}/a.jpg", f"{tmp_path}/x/e.png"]
+
+
+def test_a_folder_that_is_named_is_taken_whatever_lies_above_it(tmp_path):
+    folder = tmp_path / ".trash" / "photos"
+    folder.mkdir(parents=True)
+    (folder / "a.jpg").touch()
+    assert inference.find_images([str(folder)]) == [f"{folder}/a.jpg"]
