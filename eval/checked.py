@@ -76,21 +76,30 @@ def rows_where(stack: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
     return [row for row in stack["rows"] if row["ran"] and all(row[name] == value for name, value in wanted.items())]
 
 
+def share_of(rows: list[dict[str, Any]], of: list[dict[str, Any]]) -> str:
+    return f"{len(rows)}/{len(of)}"
+
+
+def rows_of_budgets(stack: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The row of each of BUDGETS that ran."""
+    found = {name: rows_where(stack, script="embed", execution="eager", **way) for name, way in BUDGETS.items()}
+    return {name: rows[0] for name, rows in found.items() if rows}
+
+
 def summary_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each wheel: the worst error of each dtype, and the operators of an image."""
     rows = []
     for stack in result["stacks"]:
         versions, graphs = stack.get("versions") or {}, rows_where(stack, execution="graph")
         errors = {dtype: [row["relative_l2_error"] for row in rows_where(stack, dtype=dtype)] for dtype in DTYPES}
-        budgets = {name: rows_where(stack, script="embed", execution="eager", **way) for name, way in BUDGETS.items()}
         rows.append(
             {
                 "torch_npu": stack["torch_npu"],
                 "beside": ", ".join(f"{name} {versions.get(name, '-')}" for name in ("torch", "transformers", "numpy")),
-                "ran": f"{len(rows_where(stack))}/{len(stack['rows'])}",
+                "ran": share_of(rows_where(stack), stack["rows"]),
                 "error": {dtype: max(found, default=None) for dtype, found in errors.items()},
-                "captured": f"{sum(row['captured'] for row in graphs)}/{len(graphs)}",
-                "operators": {name: found[0]["launches"] for name, found in budgets.items() if found},
+                "captured": share_of(rows_where(stack, captured=True), graphs),
+                "operators": {name: row["launches"] for name, row in rows_of_budgets(stack).items()},
             }
         )
     return rows
@@ -115,8 +124,7 @@ def budget_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each operator of an image, eager, by embed.py; wheels with the same budget stand together."""
     budgets: dict[tuple, tuple[list[str], dict[str, Counter]]] = {}
     for stack in result["stacks"]:
-        ways = {name: rows_where(stack, script="embed", execution="eager", **way) for name, way in BUDGETS.items()}
-        found = {name: Counter(rows[0]["operators"]) for name, rows in ways.items() if rows}
+        found = {name: Counter(row["operators"]) for name, row in rows_of_budgets(stack).items()}
         key = tuple((name, *sorted(counts.items())) for name, counts in found.items())
         budgets.setdefault(key, ([], found))[0].append(stack["torch_npu"])
     rows = []
@@ -130,18 +138,18 @@ def budget_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def audit_cells(result: dict[str, Any]) -> list[str]:
     """What the audit's rows say of it: hardware, output, accuracy, performance."""
-    rows = summary_rows(result)
-    ways = [sum(int(row["ran"].split("/")[place]) for row in rows) for place in (0, 1)]
-    graphs = [sum(int(row["captured"].split("/")[place]) for row in rows) for place in (0, 1)]
+    rows, all_rows = summary_rows(result), {"rows": [row for stack in result["stacks"] for row in stack["rows"]]}
+    ways = share_of(rows_where(all_rows), all_rows["rows"])
+    graphs = share_of(rows_where(all_rows, captured=True), rows_where(all_rows, execution="graph"))
     worst = [[row["error"][dtype] for row in rows] for dtype in ("float32", "float16")]
     strict, half = ("-" if None in found else f"{max(found):.1e}" for found in worst)
     default, least = (max(row["operators"][name] for row in rows) for name in ("default", "half"))
     operators = f"operators an image: {default} (default), {least} (float16, all levers)"
     return [
         f"no hardware; torch_npu {', '.join(row['torch_npu'] for row in rows)}",
-        f"runs: {ways[0]}/{ways[1]} ways",
+        f"runs: {ways} ways",
         f"error against the CPU: {strict} (float32), {half} (float16)",
-        f"no speed; {operators}; captured as a graph: {graphs[0]}/{graphs[1]} ways",
+        f"no speed; {operators}; captured as a graph: {graphs} ways",
     ]
 
 

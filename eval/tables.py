@@ -144,28 +144,37 @@ def plain(value: Any) -> str:
     return re.sub(r"([\\|*`<\[\]])", r"\\\1", " ".join(str(value).split()))
 
 
-def label_of(data: dict[str, Any]) -> str:
-    """What a row calls the device of a result: also its arithmetic, what it is compared with, random weights, half a run."""
+def label_of(data: dict[str, Any], is_short: bool = False) -> str:
+    """What a row calls the device of a result: also its arithmetic, what it is compared with, random weights, half a run.
+
+    is_short: for the narrow tables of a README, on two lines at most, and without what it is compared with.
+    """
     if "weights" not in data:
-        return "published Ascend run, **not this code**"
+        return "published, **not this code**" if is_short else "published Ascend run, **not this code**"
     label, reference = KINDS[data["device"]], data.get("reference")
     ways = [data.get("dtype"), data.get("execution"), "HF32 or TF32 allowed" if data.get("allow_hf32") else None]
     label += "".join(f", **{way}**" for way in ways if way not in (None, "float32", "eager"))
-    if reference:
+    if reference and not is_short:
         label += f" against {KINDS.get(reference['device'], reference['dtype'])}"
-    label += ", **random weights**" if data["weights"]["source"] == "random" else ""
+    random = "random&nbsp;weights" if is_short else "random weights"
+    label += f", **{random}**" if data["weights"]["source"] == "random" else ""
     return label + (", **partial**" if data.get("partial") else "")
 
 
 def device_table(
-    evidence: Evidence, name: str, columns: Sequence[Column], rows_of: Callable, kinds: Sequence[str] = tuple(KINDS)
+    evidence: Evidence,
+    name: str,
+    columns: Sequence[Column],
+    rows_of: Callable,
+    kinds: Sequence[str] = tuple(KINDS),
+    is_short: bool = False,
 ) -> Table:
     """Rows of a result, rows_of(result), for each kind of device that has it."""
     table = Table([("Device", "设备"), *(column[:2] for column in columns)], [])
     for kind in kinds:
         if data := evidence.measured(name, kind):
             with blaming(stem_of(name, kind)):
-                rows = [[label_of(data), *(plain(column.cell(row)) for column in columns)] for row in rows_of(data)]
+                rows = [[label_of(data, is_short), *(plain(column.cell(row)) for column in columns)] for row in rows_of(data)]
                 table.rows.extend(rows)
     return table
 
@@ -327,12 +336,9 @@ def card_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 def short_table(name: str, columns: Sequence[Column], rows_of: Callable, evidence: Evidence) -> list[Part]:
     """Every device's rows, the published run's last; of an NPU that has none, BLOCKED."""
     columns = [column for column in columns if column.key in KEPT]
-    table = device_table(evidence, name, columns, rows_of, [*KINDS, "published"])
+    table = device_table(evidence, name, columns, rows_of, [*KINDS, "published"], is_short=True)
     if table.rows and columns[-1].key == "remarks" and all(row[-1] == "-" for row in table.rows):
         table = Table(table.headings[:-1], [row[:-1] for row in table.rows])
-    for row in table.rows:  # short, and on two lines at most
-        label = row[0].replace(" against float64", "").replace("published Ascend run", "published")
-        row[0] = label.replace("random weights", "random&nbsp;weights")
     if not evidence.measured(name):  # the reason stands below the audit
         why = "**BLOCKED**" if evidence.blocked(name) else "not measured"
         table.rows.insert(0, ["NPU", why, *["-"] * (len(table.headings) - 2)])
