@@ -80,7 +80,7 @@ def recipe_of(args: Namespace, model: LoadedModel) -> Recipe:
     names = inference.names_to_save(args, model)
     shapes = {name: (patches, width) if name == "patch_tokens" else (width,) for name in names}
     part_size = args.part_size or max(1, min(PART_SIZE, (1 << 28) // bytes_per_image(shapes, args.feature_dtype)))
-    about = inference.provenance(args, model) | {"command": command_as_typed()}
+    about = inference.provenance(model) | {"command": command_as_typed()}
     made_with = json.dumps(about["versions"] | {"device": model.device.name})
     made_from = {"format": FORMAT, "device": model.device.kind, "dtype": model.dtype_name}
     made_from |= {"image_size": model.preprocess.image_size, "part_size": part_size}

@@ -1523,7 +1523,7 @@ def run_few(args: argparse.Namespace) -> int:
         with replacing(Path(args.output)) as file:
             np.savez(file, index=np.arange(len(paths)), path=np.array(paths), **arrays)
         log.info(f"Features saved to {args.output} ({model.weights.label})")
-    write_result(args, result | provenance(args, model))
+    write_result(args, result | provenance(model))
     return 0
 
 
@@ -1539,7 +1539,7 @@ def names_to_save(args: argparse.Namespace, model: LoadedModel) -> list[str]:
     """Features that the flags ask for: patch tokens only on request for their size, the pooler because it is seldom trained."""
     if args.save_pooler and model.pooler == "none":
         raise UsageError("--save_pooler: this model has no pooler")
-    kinds = ["class_token", "mean_patch_token"]
+    kinds = list(JUDGED)
     names = kinds if -1 in args.layers else []
     names = names + [f"{kind}_layer_{layer}" for layer in layer_names(model, args.layers, args.norm_layers) for kind in kinds]
     return names + (["patch_tokens"] if args.save_patch_tokens else []) + (["pooler_output"] if args.save_pooler else [])
@@ -1775,7 +1775,7 @@ def run_provenance() -> dict[str, Any]:
     }
 
 
-def provenance(args: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
+def provenance(model: LoadedModel) -> dict[str, Any]:
     """run_provenance(), and on which device with which model and weights."""
     config, device = model.module.config, model.device
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")

@@ -94,7 +94,7 @@ def evaluate(args: argparse.Namespace) -> int:
         "cosine_threshold": args.cosine_threshold,
         "formulas": FORMULAS,
         "stages": [],
-        **inference.provenance(args, model),
+        **inference.provenance(model),
     }
     with keeping(args, result, device) as keep:
         run = prepare(args, model, paths, reference)

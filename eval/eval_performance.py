@@ -463,7 +463,7 @@ def evaluate(args: argparse.Namespace) -> int:
         "gflop_per_image": flop_per_image(model) / 1e9,
         "results": [],
         **dict.fromkeys(("limit", "power", "deterministic_cost", "peers", "end_to_end")),
-        **inference.provenance(args, model),
+        **inference.provenance(model),
     }
     with keeping(args, result, device) as keep:
         measure(encoder, args, result, keep)

@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         "image_path": [inference.shown_path(path) for path in paths],
         "explained_variance_percent": explained,
         "colours_hex": [patches.tobytes().hex() for patches in colours],
-        **inference.provenance(args, model),
+        **inference.provenance(model),
     }
     if args.output:
         picture, path = draw(crops.numpy(), colours, paths, heading(result)), Path(args.output)

@@ -257,7 +257,7 @@ def tune(args: argparse.Namespace) -> int:
         "rows": [],
         "picks": dict.fromkeys(PICKS),
         "commands": dict.fromkeys(PICKS),
-        **inference.provenance(args, model),
+        **inference.provenance(model),
     }
     preprocess = model.preprocess
     batch, used, rows = args.batch_size or inference.default_batch_size(device.kind), model.levers, result["rows"]
