@@ -310,6 +310,28 @@ def run(tmp_path, capsys) -> Callable[..., SimpleNamespace]:
     return run_main
 
 
+@pytest.fixture
+def page_bundle(tmp_path, monkeypatch) -> Path:
+    """A bundle with READMEs to be filled and no results."""
+    from made_results import make_bundle
+
+    monkeypatch.setattr(inference, "ROOT", tmp_path / "bundle")
+    return make_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def make_pages(page_bundle, capsys) -> Callable[..., SimpleNamespace]:
+    """Run evidence.py in this process: exit code and what it printed."""
+    import evidence
+
+    def run_main(*arguments: str) -> SimpleNamespace:
+        code = evidence.main(arguments)
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=code, out=printed.out.splitlines(), err=printed.err)
+
+    return run_main
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """23 different small photographs."""
