@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 
 import pytest
@@ -183,8 +184,12 @@ QUICK = {
 def test_an_evaluation_writes_no_result_once_a_launch_has_failed(scene, script, place):
     done = scene.run(script, *QUICK[script], "--results_dir", "healthy")
     assert done.code == 0, done.err
-    call = max(1, round(place * len(done.calls("aclnnLayerNorm"))))
-    done = scene.run(script, *QUICK[script], STANDIN_FAIL=f"aclnnLayerNorm:{call}=507015")
+    for _ in range(5):  # the performance's turns are as long as a time: a run on a busy machine may not come to that call
+        call = max(1, round(place * len(done.calls("aclnnLayerNorm"))))
+        done = scene.run(script, *QUICK[script], STANDIN_FAIL=f"aclnnLayerNorm:{call}=507015")
+        if len(done.calls("aclnnLayerNorm")) >= call:
+            break
+        shutil.rmtree(scene.folder / "results")
     assert done.code in (70, -signal.SIGABRT), (done.code, done.err)
     assert LOST.search(done.err) or done.code != 70, done.err
     for path in (scene.folder / "results").glob("*.json"):
