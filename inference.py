@@ -1006,6 +1006,7 @@ def _resize_position_embeddings(module: torch.nn.Module, image_size: int) -> Non
 
 RESIZES = ("crop", "squash", "256")
 DECODES = ("exact", "fast")
+warnings.filterwarnings("ignore", "The given buffer is not writable")  # Pillow's bytes, which torch only reads
 FAST_FILTERS = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
 
 
@@ -1145,12 +1146,11 @@ def crop_uint8(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
         box = (left * scale_x, top * scale_y, min((left + size) * scale_x, width), min((top + size) * scale_y, height))
         image = image.resize((size, size), resample, box=box)
     elif preprocess.decode == "fast":
-        pixels = torch.from_numpy(np.array(image)).view(height, width, -1).permute(2, 0, 1)[None]
+        # Strided as a batch of one: by [None] torch would not see that channels are last, and would rearrange them twice.
+        pixels = torch.frombuffer(image.tobytes(), dtype=torch.uint8).view(1, height, width, -1).permute(0, 3, 1, 2)
         way = {"mode": FAST_FILTERS[resample], "antialias": True}
-        pixels = torch.nn.functional.interpolate(pixels, (new_height, new_width), **way)[
-            0, :, top : top + size, left : left + size
-        ]
-        return pixels.permute(1, 2, 0).expand(size, size, 3).numpy()
+        pixels = torch.nn.functional.interpolate(pixels, (new_height, new_width), **way).permute(0, 2, 3, 1)[0]
+        return pixels[top : top + size, left : left + size].expand(size, size, 3).numpy()
     elif width > height and isinstance(preprocess.resize, int):
         # Pillow resizes rows first, then columns: those that the crop drops need not take part in the second pass.
         image = image.resize((new_width, height), resample).crop((left, 0, left + size, height))

@@ -24,7 +24,7 @@ from inference import LoadedModel, UsageError, log, time_once
 from PIL import Image, ImageOps
 
 import embed
-from bulk.decoding import Decoder, default_num_workers
+from bulk.decoding import Decoder, default_num_workers, keep_freed_memory
 from bulk.encoder import Encoder
 from bulk.rounds import RunLock
 from bulk.sources import list_sources
@@ -124,7 +124,9 @@ def measure_cold_start(model: LoadedModel, checkpoint: Path, rounds: int) -> dic
 
 
 def measure_decoding(preprocess: inference.Preprocess, turn_s: float, rounds: int) -> list[dict[str, Any]]:
-    """Rows for DECODING_COLUMNS: a JPEG's bytes to a crop, by --decode exact and fast in turns, in one thread."""
+    """Rows for DECODING_COLUMNS: a JPEG's bytes to a crop, by --decode exact and fast in turns, in one thread of a process
+    that keeps memory as decoding workers do."""
+    keep_freed_memory()
     if preprocess.resample not in inference.FAST_FILTERS:
         return []
     threads, rows = torch.get_num_threads(), []

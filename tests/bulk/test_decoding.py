@@ -6,7 +6,10 @@ import errno
 import mmap
 import multiprocessing
 import os
+import platform
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -424,3 +427,33 @@ def test_there_is_a_worker_however_few_cores_or_however_large_batches_are(kind, 
     assert default_num_workers(kind, 8, 224) == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(64)), raising=False)
     assert default_num_workers(kind, 100_000, 1024) == 1
+
+
+FAULTS = """
+import resource
+import numpy as np
+from bulk import decoding
+{first}
+
+def turn():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    photos = [np.ones(1 << 20, np.uint8) for _ in range(8)]
+    del photos
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(sorted(turn() for _ in range(20))[10])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_memory_that_a_photo_leaves_is_kept_for_the_next():
+    def faults(first: str) -> int:
+        command = [sys.executable, "-c", FAULTS.format(first=first)]
+        return int(subprocess.run(command, cwd=inference.ROOT, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("decoding.keep_freed_memory()") < 100 < faults("")
+
+
+def test_other_c_libraries_keep_their_own_ways(monkeypatch):
+    monkeypatch.setattr(decoding.ctypes, "CDLL", lambda _name: object())
+    decoding.keep_freed_memory()
