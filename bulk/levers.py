@@ -6,19 +6,22 @@ In: a model as inference.load_model gives it. Out: the same with `lean`, which c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import inference
 import torch
 from inference import Device, LoadedModel, Outputs, Preprocess
 
-# What changes how a forward pass is computed, not what it computes; --without switches one off, --with one of the last on,
-# which use kernels of CANN that no NPU has confirmed for this model yet.
-LEVERS = ("folded_patches", "fused_attention", "stacked_qkv", "fused_norms", "fused_mlp")
-DEFAULT_LEVERS = LEVERS[:3]
+# What changes how a forward pass is computed, not what it computes; --without switches one off, --with one of the last on:
+# no NPU has confirmed their kernels for this model yet, and on a GPU torch.compile makes them at each start.
+LEVERS = ("folded_patches", "fused_attention", "stacked_qkv", "packed_weights", "fused_norms", "fused_mlp")
+DEFAULT_LEVERS = LEVERS[:4]
+Product = Callable[[torch.Tensor], torch.Tensor]  # a linear layer
 Watch = Callable[[str, torch.Tensor], torch.Tensor]  # is told of each stage and what it leaves; gives what goes on
 
 
@@ -27,7 +30,7 @@ def add_lever_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("levers of the forward pass").add_argument
     off, on = ", ".join(DEFAULT_LEVERS), LEVERS[len(DEFAULT_LEVERS) :]
     add("--without", nargs="+", choices=LEVERS, default=[], metavar="LEVER", help=f"switch off any of {off}")
-    more = f"switch on any of {', '.join(on)}: fused kernels of an NPU"
+    more = f"switch on any of {', '.join(on)}: fused kernels of an NPU, the first of a GPU too"
     add("--with", nargs="+", choices=on, default=[], metavar="LEVER", dest="with_levers", help=more)
 
 
@@ -50,7 +53,8 @@ def load_from_args(args: Namespace, device: Device) -> LoadedModel:
 def with_levers(model: LoadedModel, levers: Sequence[str]) -> LoadedModel:
     """The model with those of `levers` that it has on its device in its dtype; as it is where there are none.
 
-    Code that came with a checkpoint has none. Raises UsageError where the device has too little memory.
+    With packed_weights the given model's own weights are gone. Code that came with a checkpoint has no levers. Raises
+    UsageError where the device has too little memory.
     """
     used = fitting(model, levers)
     if not used:
@@ -68,9 +72,13 @@ def fitting(model: LoadedModel, levers: Sequence[str]) -> tuple[str, ...]:
     """Those of `levers` that a model has."""
     if type(model.module).__name__ != "ViTModel":
         return ()
-    found = {"folded_patches", "stacked_qkv"}
+    found, has_gelu = {"folded_patches", "stacked_qkv"}, model.module.config.hidden_act == "gelu"  # by erf
     if model.device.kind == "npu":
-        found |= {"fused_attention", "fused_norms"} | ({"fused_mlp"} if model.dtype.itemsize == 2 else set())
+        found |= {"fused_attention", "fused_norms"} | ({"fused_mlp"} if model.dtype.itemsize == 2 and has_gelu else set())
+    if model.device.kind == "cpu" and model.dtype == torch.float32 and has_gelu and can_pack():
+        found.add("packed_weights")
+    if model.device.kind == "cuda" and "fused_norms" in levers and can_compile_norms(model.module.layernorm):
+        found.add("fused_norms")
     return tuple(lever for lever in LEVERS if lever in levers and lever in found)
 
 
@@ -155,49 +163,121 @@ class Block:
 
     def __init__(self, layer: torch.nn.Module, heads: int, levers: Sequence[str]) -> None:
         linears = [part for part in layer.modules() if isinstance(part, torch.nn.Linear)]
-        self.query, self.key, self.value, self.out, self.up, self.down = linears  # in this order in transformers 4 and 5
-        self.activation = layer.mlp.activation_fn if hasattr(layer, "mlp") else layer.intermediate.intermediate_act_fn
-        self.norm_before, self.norm_after, self.heads, self.levers = (
-            layer.layernorm_before,
-            layer.layernorm_after,
-            heads,
-            levers,
-        )
+        out, self.up, self.down = linears[3:]  # query, key and value come first, in transformers 4 and 5
+        self.norm_before, self.norm_after = layer.layernorm_before, layer.layernorm_after
+        self.heads, self.levers = heads, levers
+        activation = layer.mlp.activation_fn if hasattr(layer, "mlp") else layer.intermediate.intermediate_act_fn
+        projections = [(part.weight, part.bias) for part in linears[:3]]
         if "stacked_qkv" in levers:
-            self.stacked = _stack(linears[:3])
+            projections = [stacked(linears[:3])]
         if "fused_mlp" in levers:
             self.columns = [part.weight.t().contiguous() for part in (self.up, self.down)]
+        if "packed_weights" in levers:
+            self.projections, self.out = [packed(*pair) for pair in projections], packed(out.weight, out.bias)
+            self.steps = packed(self.up.weight, self.up.bias, "gelu"), packed(self.down.weight, self.down.bias)
+            for part in linears:
+                part.weight = None  # it would stand in memory twice
+        else:
+            linear = torch.nn.functional.linear
+            self.projections = [partial(linear, weight=weight, bias=bias) for weight, bias in projections]
+            self.out, self.steps = out, (self.up, activation, self.down)
 
     def attend(self, normed: torch.Tensor) -> torch.Tensor:
         """What the attention adds to the tokens whose norm it is given."""
         count, length, width = normed.shape
-        if "stacked_qkv" in self.levers:
-            parts = torch.nn.functional.linear(normed, *self.stacked).view(count, length, 3, self.heads, -1).unbind(2)
-        else:
-            parts = [part(normed).view(count, length, self.heads, -1) for part in (self.query, self.key, self.value)]
-        return self.out(attention(*parts, "fused_attention" in self.levers).reshape(count, length, width))
+        shape = count, length, -1, self.heads, width // self.heads
+        query, key, value = (part for product in self.projections for part in product(normed).view(shape).unbind(2))
+        return self.out(attention(query, key, value, "fused_attention" in self.levers).reshape(count, length, width))
 
     def mlp(self, normed: torch.Tensor) -> torch.Tensor:
         """What the MLP adds to the tokens whose norm it is given."""
         if "fused_mlp" in self.levers:
             biases = {"bias1": self.up.bias, "bias2": self.down.bias}
             return sys.modules["torch_npu"].npu_ffn(normed, *self.columns, "gelu", **biases, inner_precise=0)
-        return self.down(self.activation(self.up(normed)))
+        for step in self.steps:
+            normed = step(normed)
+        return normed
 
     def add(self, more: torch.Tensor, tokens: torch.Tensor, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
         """more + tokens, and the norm of it."""
-        if "fused_norms" in self.levers:
+        if "fused_norms" in self.levers and tokens.device.type == "npu":
             kernel = sys.modules["torch_npu"].npu_add_layer_norm
             normed, _mean, _spread, added = kernel(more, tokens, norm.weight, norm.bias, norm.eps, True)
             return added, normed
+        if "fused_norms" in self.levers:
+            return compiled_norms(more, tokens, norm)
         added = more + tokens
         return added, norm(added)
 
 
-def _stack(linears: Sequence[torch.nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights and biases of linear layers as those of one, of which they become views."""
-    weight, bias = (torch.cat([getattr(part, name) for part in linears]).detach() for name in ("weight", "bias"))
-    for place, part in enumerate(linears):
-        rows = slice(place * len(part.weight), (place + 1) * len(part.weight))
-        part.weight.data, part.bias.data = weight[rows], bias[rows]
-    return weight, bias
+def stacked(linears: Sequence[torch.nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of linear layers as those of one, of which their own become views."""
+    return joined([part.weight for part in linears]), joined([part.bias for part in linears])
+
+
+def joined(parts: Sequence[torch.nn.Parameter | None]) -> torch.Tensor | None:
+    """Parameters below each other, of which they become views; None where a layer has none."""
+    if any(part is None for part in parts):
+        return None
+    whole = torch.cat(parts).detach()
+    for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = rows
+    return whole
+
+
+def packed(weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> Product:
+    """A linear layer in float32 on the CPU, with what follows it: "none" or "gelu".
+
+    The weight is laid out once as oneDNN multiplies it; torch.nn.functional.linear does that anew at each call. The operators
+    are those into which torch.compile puts frozen weights (torch/_inductor/fx_passes/mkldnn_fusion.py).
+    """
+    kernels = torch.ops.mkldnn
+    weight = kernels._reorder_linear_weight(weight.detach())
+    return lambda tokens: kernels._linear_pointwise(tokens, weight, bias, activation, [], "none")
+
+
+@functools.cache
+def can_pack() -> bool:
+    """Whether this torch has those operators and they compute what they should: they are no public interface."""
+    try:
+        tokens, weight, bias = (torch.linspace(-1, 1, count) for count in (2 * 5 * 64, 48 * 64, 48))
+        tokens, weight = tokens.view(2, 5, 64), weight.view(48, 64)
+        expected = torch.nn.functional.gelu(torch.nn.functional.linear(tokens, weight, bias))
+        return torch.allclose(packed(weight, bias, "gelu")(tokens), expected, rtol=1e-5, atol=1e-5)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def compiled_norms(more: torch.Tensor, tokens: torch.Tensor, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """more + tokens, and the norm of it, in one kernel that torch.compile makes at first use, in some seconds."""
+    rows = [values.reshape(-1, values.shape[-1]) for values in (more, tokens)]
+    for values in rows:
+        torch._dynamo.mark_dynamic(values, 0)  # one kernel for all batch sizes
+    added, normed = _add_norm()(*rows, norm.weight, norm.bias, norm.eps)
+    return added.view(tokens.shape), normed.view(tokens.shape)
+
+
+@functools.cache
+def _add_norm() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    def add_norm(more: torch.Tensor, tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> tuple:
+        added = more + tokens
+        return added, torch.nn.functional.layer_norm(added, added.shape[-1:], weight, bias, eps)
+
+    return torch.compile(add_norm)
+
+
+def can_compile_norms(norm: torch.nn.LayerNorm) -> bool:
+    """Whether torch.compile works here: it needs Triton and a C compiler, which not every machine has."""
+    weight = norm.weight
+    try:
+        with torch.inference_mode():
+            tokens = torch.linspace(-1, 1, 2 * 5 * len(weight), device=weight.device).view(2, 5, -1).to(weight.dtype)
+            (added, normed), expected = compiled_norms(tokens, tokens, norm), norm(2 * tokens)
+            room = 32 * torch.finfo(weight.dtype).eps * expected.abs().max()
+            if not torch.equal(added, 2 * tokens) or (normed - expected).abs().max() > room:
+                raise ArithmeticError("its numbers are wrong")
+            return True
+    except Exception as error:  # noqa: BLE001 (the compilers' own errors are many)
+        inference.raise_if_lost(error)
+        inference.log.warning(f"fused_norms stays off: torch.compile does not work here ({inference.first_line(error)})")
+        return False

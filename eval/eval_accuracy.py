@@ -322,7 +322,7 @@ SWEEP_COLUMNS = (
     Column("Arithmetic", "计算方式", "arithmetic"),
     Column("Relative L2", "相对 L2 误差", "relative_l2_error", ".2e"),
     Column("Worst token", "最差词元", "worst_token_relative_l2_error", ".2e"),
-    Column("Smallest bar (%)", "可达到的最小门限（%）", "smallest_bar_percent", ".4f"),
+    Column("Smallest bar (%)", "可达到的最小门限（%）", "smallest_bar_percent", ".2g"),
     Column("Verdict", "结论", "overall"),
     Column("Begins at", "误差起点", "begins"),
     Column("Same nearest (%)", "最近邻一致（%）", "worth.class_token.same_nearest_percent", ".1f"),
@@ -345,7 +345,7 @@ RECIPE_COLUMNS = (
     Column("First layers in float32", "前若干层用 float32", "first"),
     Column("Last layers in float32", "后若干层用 float32", "last"),
     Column("Relative L2", "相对 L2 误差", "relative_l2_error", ".2e"),
-    Column("Smallest bar (%)", "可达到的最小门限（%）", "smallest_bar_percent", ".4f"),
+    Column("Smallest bar (%)", "可达到的最小门限（%）", "smallest_bar_percent", ".2g"),
     Column("Verdict", "结论", "overall"),
     Column("Images/s", "图片/秒", "throughput_img_s", ".2f"),
 )
@@ -415,7 +415,7 @@ def log_verdict(result: dict[str, Any]) -> None:
     """The whole in a line or two, last, where a reader looks first."""
     if result["misses"]:
         log.info(f"Over their bars: {', '.join(result['misses'])}")
-    bar = number(result["smallest_bar_percent"], ".4f")
+    bar = number(result["smallest_bar_percent"], ".2g")
     log.info(f"Smallest bar that the relative errors of {result['dtype']} meet: {bar}%; task: {result['worth']['task']}")
     log.info(f"Faithful float32 (relative L2 against float64 <= {FAITHFUL:g}): {'yes' if result['faithful'] else 'NO'}")
     log.info(f"Overall: {result['overall']}")

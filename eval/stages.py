@@ -83,9 +83,10 @@ def arithmetics(device: Device) -> list[Arithmetic]:
         found.append(Arithmetic(f"float32, {rounding} allowed", hf32=(True, True)))
     found += [Arithmetic("float16", "float16"), Arithmetic("bfloat16", "bfloat16")]
     found.append(Arithmetic("bfloat16 autocast", autocast="bfloat16", plain=True))
-    if device.kind == "npu":
+    if device.kind != "cpu":
         found.append(Arithmetic("float32, fused norms", extra=("fused_norms",)))
         found.append(Arithmetic("float16, fused norms", "float16", extra=("fused_norms",)))
+    if device.kind == "npu":
         found.append(Arithmetic("float16, fused MLP", "float16", extra=("fused_mlp",)))
     return found
 

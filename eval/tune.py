@@ -50,7 +50,7 @@ ENVIRONMENTS = {
     "cuda": {},
     "cpu": {"OMP_NUM_THREADS": tuple(sorted({str(max(1, (os.cpu_count() or 1) // part)) for part in (1, 2, 4)}))},
 }
-OPTIONAL_LEVERS = {"npu": ("fused_norms", "fused_mlp"), "cuda": (), "cpu": ()}
+OPTIONAL_LEVERS = {"npu": ("fused_norms", "fused_mlp"), "cuda": ("fused_norms",), "cpu": ()}
 BATCH_SIZES = {"cpu": (2, 4, 16, 32), "cuda": (16, 32, 128, 256), "npu": (16, 32, 128, 256)}
 TUNED_COLUMNS = (
     Column("Arithmetic", "精度", "arithmetic"),

@@ -16,6 +16,7 @@ from inference import Preprocess, UsageError, crop_uint8, decode
 from PIL import Image
 
 import embed
+from bulk import levers
 from conftest import SAMPLES, TINY_PREPROCESS
 
 PHOTOS = sorted(path for path in SAMPLES.iterdir() if path.suffix in (".jpg", ".png"))
@@ -215,7 +216,7 @@ def test_a_bulk_run_decodes_as_inference_does(run, tiny_folder, tmp_path):
         (tmp_path / "photos" / f"{number}.jpg").write_bytes(jpeg(size))
     flags = ["--image_path", tmp_path / "photos", "--model_path", tiny_folder, "--device", "cpu", "--decode", "fast"]
     assert run(*flags, "--output", tmp_path / "f.npz").code == 0
-    more = ["--output", tmp_path / "features", "--num_workers", 0, "--without", "folded_patches", "stacked_qkv"]
+    more = ["--output", tmp_path / "features", "--num_workers", 0, "--without", *levers.DEFAULT_LEVERS]
     assert run(*flags, *more, main=embed.main, name="embed").code == 0
     few, [part] = np.load(tmp_path / "f.npz"), (tmp_path / "features").glob("part-*.npz")
     assert np.array_equal(few["class_token"], np.load(part)["class_token"])

@@ -29,7 +29,9 @@ from conftest import SAMPLES, TINY
 from test_forward import LAYERS, assert_equal_to_the_library, golden, hidden_of, of_the_library, relative_l2, some_crops
 
 ROUNDING = 1e-6  # other products add up in another order, and no error in method is as small
-ON_THE_CPU = ("folded_patches", "stacked_qkv")
+SHARING = ("folded_patches", "stacked_qkv")  # which leave a model its own weights
+ON_THE_CPU = (*SHARING, "packed_weights")
+ON_AN_NPU = tuple(lever for lever in levers.LEVERS if lever != "packed_weights")
 STAGES = [
     *("patch embedding", "position embedding"),
     *(f"layer {number} {half}" for number in (1, 2, 3) for half in ("attention", "MLP")),
@@ -62,7 +64,7 @@ def test_without_a_lever_it_is_transformers_bit_for_bit_in_every_layer(plain, ti
     assert torch.equal(model.module.layernorm(outputs.layers["3"]), expected["hidden"])
 
 
-@pytest.mark.parametrize("used", [("folded_patches",), ("stacked_qkv",), ON_THE_CPU], ids="+".join)
+@pytest.mark.parametrize("used", [*((lever,) for lever in ON_THE_CPU), ON_THE_CPU], ids="+".join)
 @pytest.mark.parametrize("size", [32, 64, 96])
 def test_levers_change_nothing_but_rounding(cpu, tiny_folder, used, size):
     plain = load_model(cpu, str(tiny_folder), image_size=size)
@@ -106,28 +108,83 @@ def test_folded_patches_follow_mean_spread_and_scale(cpu, tiny_folder):
     assert relative_l2(patches_of(folded, some_crops(3)), patches_of(plain, some_crops(3))) < ROUNDING
 
 
+def linears_of(model: inference.LoadedModel) -> list[list[torch.nn.Linear]]:
+    """Those of each layer: query, key, value, and three more."""
+    layers = inference.layers_of(model.module)
+    return [[part for part in layer.modules() if isinstance(part, torch.nn.Linear)] for layer in layers]
+
+
 def test_stacked_weights_are_those_of_the_model_and_take_no_room_of_their_own(plain):
     before = {name: value.clone() for name, value in plain.module.named_parameters()}
     hidden = inference.forward(plain, some_crops(2)).hidden
-    block = levers.with_levers(plain, ("stacked_qkv",)).lean.blocks[1]
-    for place, part in enumerate((block.query, block.key, block.value)):
-        for stacked, own in zip(block.stacked, (part.weight, part.bias), strict=True):
-            rows = stacked[place * TINY["hidden_size"] : (place + 1) * TINY["hidden_size"]]
-            assert torch.equal(rows, own) and rows.data_ptr() == own.data_ptr()
+    levers.with_levers(plain, ("stacked_qkv",))
+    for linears in linears_of(plain):
+        for name in ("weight", "bias"):
+            query, key, value = (getattr(part, name) for part in linears[:3])
+            assert key.data_ptr() - query.data_ptr() == value.data_ptr() - key.data_ptr() == query.nbytes
+            assert query.untyped_storage().nbytes() == 3 * query.nbytes
     assert all(torch.equal(value, before[name]) for name, value in plain.module.named_parameters())
     assert torch.equal(inference.forward(plain, some_crops(2)).hidden, hidden)  # transformers' own pass goes on working
 
 
-def test_one_product_takes_the_place_of_three(plain, monkeypatch):
-    shapes, linear = [], torch.nn.functional.linear
-    monkeypatch.setattr(
-        torch.nn.functional,
-        "linear",
-        lambda values, weight, *bias: shapes.append(weight.shape[0]) or linear(values, weight, *bias),
-    )
-    inference.forward(levers.with_levers(plain, ON_THE_CPU), some_crops(1))
+@pytest.mark.parametrize("used", [("stacked_qkv",), ("packed_weights",), ON_THE_CPU], ids="+".join)
+def test_a_model_without_biases_in_its_attention_has_the_levers_too(cpu, tmp_path, used):
+    config = transformers.ViTConfig(**TINY, qkv_bias=False)
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    plain = load_model(cpu, str(tmp_path), allow_unlocked=True)
+    expected = hidden_of(plain, some_crops(2))
+    assert relative_l2(hidden_of(levers.with_levers(plain, used), some_crops(2)), expected) <= ROUNDING
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[int, ...]]:
+    """The weight's shape of each torch.nn.functional.linear."""
+    found, linear = [], torch.nn.functional.linear
+
+    def watched(values, weight, bias=None):
+        found.append(tuple(weight.shape))
+        return linear(values, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    return found
+
+
+def test_one_product_takes_the_place_of_three(plain, calls):
+    inference.forward(levers.with_levers(plain, SHARING), some_crops(1))
     width, mlp = TINY["hidden_size"], TINY["intermediate_size"]
-    assert shapes == [width, *3 * [3 * width, width, mlp, width], width]  # patches, layers, pooler
+    assert [shape[0] for shape in calls] == [width, *3 * [3 * width, width, mlp, width], width]  # patches, layers, pooler
+
+
+@pytest.mark.parametrize("stacked", [(), ("stacked_qkv",)], ids=["alone", "stacked"])
+def test_packed_weights_stand_in_memory_once(plain, calls, stacked):
+    before = sum(value.nbytes for value in plain.module.parameters())
+    gone = sum(part.weight.nbytes for linears in linears_of(plain) for part in linears)
+    model = levers.with_levers(plain, (*stacked, "packed_weights"))
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in model.module.parameters()}
+    assert sum(storages.values()) == before - gone < before / 2
+    calls.clear()
+    inference.forward(model, some_crops(1))
+    assert calls == [(TINY["hidden_size"],) * 2]  # the pooler; the patches' is a convolution
+
+
+@pytest.mark.parametrize("wrong", ["missing", "raises", "other numbers"])
+def test_packed_weights_stay_off_where_torch_has_no_right_kernels_for_them(plain, monkeypatch, wrong):
+    kernels, linear = SimpleNamespace(), torch.nn.functional.linear
+    if wrong != "missing":
+        kernels._reorder_linear_weight = lambda weight: weight
+
+        def product(values, weight, bias, _activation, _scalars, _algorithm):
+            if wrong == "raises":
+                raise RuntimeError("no kernel for this processor")
+            return linear(values, weight, bias)  # and no GELU
+
+        kernels._linear_pointwise = product
+    levers.can_pack.cache_clear()
+    monkeypatch.setattr(torch.ops, "mkldnn", kernels)
+    try:
+        assert levers.with_levers(plain, ON_THE_CPU).levers == SHARING
+    finally:
+        levers.can_pack.cache_clear()
 
 
 @pytest.mark.parametrize("used", [(), ON_THE_CPU], ids=["none", "levers"])
@@ -147,19 +204,72 @@ def hidden_of_view(model: inference.LoadedModel, crops: torch.Tensor) -> torch.T
 # --- which levers a model has ---
 
 
+def described(kind: str, dtype: torch.dtype, hidden_act: str = "gelu") -> SimpleNamespace:
+    """As much of a loaded model as decides which levers it has."""
+    module = type("ViTModel", (), {"config": SimpleNamespace(hidden_act=hidden_act), "layernorm": None})()
+    return SimpleNamespace(module=module, device=SimpleNamespace(kind=kind), dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "npu"])
+def test_an_mlp_of_another_activation_is_not_fused(kind):
+    dtype = torch.float32 if kind == "cpu" else torch.float16
+    lost = set(levers.fitting(described(kind, dtype), levers.LEVERS))
+    lost -= set(levers.fitting(described(kind, dtype, "gelu_pytorch_tanh"), levers.LEVERS))
+    assert lost == {"packed_weights" if kind == "cpu" else "fused_mlp"}
+
+
+def test_compiled_norms_stay_off_where_nothing_can_be_compiled(plain, monkeypatch, logged):
+    def fail(*_given):
+        raise RuntimeError("no C compiler\nand more")
+
+    monkeypatch.setattr(levers, "_add_norm", lambda: fail)
+    plain = dataclasses.replace(plain, device=SimpleNamespace(kind="cuda", torch_device=torch.device("cpu")))
+    assert levers.fitting(plain, levers.LEVERS) == SHARING
+    assert logged == ["WARNING fused_norms stays off: torch.compile does not work here (no C compiler)"]
+    monkeypatch.setattr(levers, "_add_norm", lambda: lambda more, tokens, *_norm: (more + tokens, more + tokens))
+    assert levers.fitting(plain, levers.LEVERS) == SHARING
+    assert "its numbers are wrong" in logged[-1]
+    assert levers.fitting(plain, levers.DEFAULT_LEVERS) == SHARING
+    assert len(logged) == 2  # what is not asked for is not tried
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_norms_are_compiled_once_for_all_batch_sizes(plain, monkeypatch):
+    made = []
+
+    def backend(module: torch.fx.GraphModule, _inputs: list) -> Callable:
+        made.append(module)
+        return module.forward
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend=backend))
+    levers._add_norm.cache_clear()
+    expected = {count: inference.forward(plain, some_crops(count)).hidden for count in (1, 2, 5)}
+    plain = dataclasses.replace(plain, device=SimpleNamespace(kind="cuda", torch_device=torch.device("cpu")))
+    model = levers.with_levers(plain, ("fused_norms",))
+    assert model.levers == ("fused_norms",)
+    for count, hidden in expected.items():
+        assert relative_l2(inference.forward(model, some_crops(count)).hidden.numpy(), hidden.numpy()) <= ROUNDING
+    assert len(made) == 1
+    levers._add_norm.cache_clear()
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "has"),
     [
         ("cpu", torch.float32, ON_THE_CPU),
-        ("cpu", torch.float64, ON_THE_CPU),
-        ("cuda", torch.float16, ON_THE_CPU),
+        ("cpu", torch.float64, SHARING),
+        ("cpu", torch.bfloat16, SHARING),
+        ("cuda", torch.float16, (*SHARING, "fused_norms")),
         ("npu", torch.float32, ("folded_patches", "fused_attention", "stacked_qkv", "fused_norms")),
-        ("npu", torch.float16, levers.LEVERS),
-        ("npu", torch.bfloat16, levers.LEVERS),
+        ("npu", torch.float16, ON_AN_NPU),
+        ("npu", torch.bfloat16, ON_AN_NPU),
     ],
 )
-def test_a_model_has_the_levers_of_its_device_and_dtype(kind, dtype, has):
-    model = SimpleNamespace(module=type("ViTModel", (), {})(), device=SimpleNamespace(kind=kind), dtype=dtype)
+def test_a_model_has_the_levers_of_its_device_and_dtype(kind, dtype, has, monkeypatch):
+    monkeypatch.setattr(levers, "can_compile_norms", lambda _norm: True)
+    model = described(kind, dtype)
     assert levers.fitting(model, levers.LEVERS) == has
     assert levers.fitting(model, levers.LEVERS[1::-1]) == tuple(lever for lever in has if lever in levers.LEVERS[:2])
     assert levers.fitting(model, ()) == ()
@@ -182,13 +292,13 @@ def test_without_levers_the_model_stays_as_it_is(plain):
 @pytest.mark.parametrize(
     ("flags", "asked"),
     [
-        ([], ("folded_patches", "fused_attention", "stacked_qkv")),
-        (["--without", "stacked_qkv"], ("folded_patches", "fused_attention")),
-        (["--without", "folded_patches", "fused_attention", "stacked_qkv"], ()),
-        (["--with", "fused_mlp"], ("folded_patches", "fused_attention", "stacked_qkv", "fused_mlp")),
+        ([], ("folded_patches", "fused_attention", "stacked_qkv", "packed_weights")),
+        (["--without", "stacked_qkv"], ("folded_patches", "fused_attention", "packed_weights")),
+        (["--without", "folded_patches", "fused_attention", "stacked_qkv", "packed_weights"], ()),
+        (["--with", "fused_mlp"], ("folded_patches", "fused_attention", "stacked_qkv", "packed_weights", "fused_mlp")),
         (
             ["--with", "fused_norms", "fused_mlp", "--without", "fused_norms", "stacked_qkv"],
-            ("folded_patches", "fused_attention", "fused_mlp"),
+            ("folded_patches", "fused_attention", "packed_weights", "fused_mlp"),
         ),
     ],
     ids=" ".join,
@@ -215,7 +325,7 @@ def test_a_lever_that_is_not_there_is_refused(flags, capsys):
 )
 def test_scripts_of_many_batches_take_the_flags(script, more):
     args = script.make_parser().parse_args([*more, "--without", "stacked_qkv", "--with", "fused_norms"])
-    assert levers.asked_levers(args) == ("folded_patches", "fused_attention", "fused_norms")
+    assert levers.asked_levers(args) == ("folded_patches", "fused_attention", "packed_weights", "fused_norms")
 
 
 def test_inference_runs_its_few_photos_as_transformers_does(run, tiny_folder, tmp_path):
@@ -233,7 +343,7 @@ def test_inference_runs_its_few_photos_as_transformers_does(run, tiny_folder, tm
 @pytest.mark.parametrize("load", [levers.load_as_asked, levers.load_from_args])
 def test_a_model_is_loaded_with_the_levers_that_are_asked_for(cpu, tiny_folder, tmp_path, logged, load):
     flags = ["--model_path", str(tiny_folder), "--results_dir", str(tmp_path), "--output_log", str(tmp_path / "log")]
-    args = tune.make_parser().parse_args([*flags, "--without", "folded_patches", "--with", "fused_mlp"])
+    args = tune.make_parser().parse_args([*flags, "--without", "folded_patches", "packed_weights", "--with", "fused_mlp"])
     args.script = "x"
     model = load(args, cpu)
     assert model.levers == ("stacked_qkv",) == tuple(model.lean.blocks[0].levers)
@@ -248,7 +358,7 @@ def test_too_little_memory_for_the_levers_is_one_line_and_a_lost_device_is_lost(
         def stack(_linears):
             raise error
 
-        monkeypatch.setattr(levers, "_stack", stack)
+        monkeypatch.setattr(levers, "stacked", stack)
 
     fail(RuntimeError("NPU out of memory. Tried to allocate 2.00 MiB"))
     with pytest.raises(UsageError, match=r"^cpu has too little memory for the model; try --dtype float16$"):
@@ -298,7 +408,7 @@ def test_watching_is_told_every_stage_in_order_and_changes_nothing(plain, used):
         assert torch.equal(states[f"layer {number} MLP"], outputs.layers[str(number)])
 
 
-@pytest.mark.parametrize("used", [(), ON_THE_CPU], ids=["none", "levers"])
+@pytest.mark.parametrize("used", [(), SHARING], ids=["none", "levers"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_given_back_goes_on_in_place_of_what_a_stage_left(plain, stage, used):
     model, seen = with_lean(plain, used), {}
@@ -371,7 +481,7 @@ def masks_in(graph: torch.fx.Graph) -> Iterator[object]:
 
 NO_MASKS = TINY["num_hidden_layers"] * [None]
 WAYS = pytest.mark.parametrize(
-    "used", [(), ("folded_patches",), ("stacked_qkv",), ON_THE_CPU], ids=["none", "folded", "stacked", "both"]
+    "used", [(), ("folded_patches",), ("stacked_qkv",), SHARING], ids=["none", "folded", "stacked", "both"]
 )
 
 
@@ -447,7 +557,7 @@ def test_masks_of_another_transformers(tmp_path):
 # --- on an NPU ---
 
 
-@pytest.mark.parametrize("used", [(), *((lever,) for lever in levers.LEVERS[:4]), levers.LEVERS], ids="+".join)
+@pytest.mark.parametrize("used", [(), *((lever,) for lever in ON_AN_NPU[:4]), ON_AN_NPU], ids="+".join)
 def test_levers_on_an_npu_are_float32(npu, tiny_folder, used):
     model = levers.with_levers(load_model(npu, str(tiny_folder)), used)
     assert model.levers == tuple(lever for lever in used if lever != "fused_mlp")

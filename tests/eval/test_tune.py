@@ -306,4 +306,4 @@ def test_each_pick_has_its_command_on_the_terminal_and_in_the_result(paste, sear
     words = printed[tune.PICKS.index("faithful")].partition(" embed.py ")[2].split()
     assert embed.main([*words, "--num_workers", "0", "--output_log", "log", "--results_dir", "results"]) == 0
     made_from = json.loads((tmp_path / "features" / "manifest.json").read_text())["made_from"]
-    assert (made_from["dtype"], made_from["levers"]) == ("float32", ["stacked_qkv"])
+    assert (made_from["dtype"], made_from["levers"]) == ("float32", ["stacked_qkv", "packed_weights"])
