@@ -41,10 +41,10 @@ def library(folder: Path, model: inference.LoadedModel, crops: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize("levers", [(), DEFAULT_LEVERS], ids=["plain", "levers"])
-def test_features_are_what_transformers_computes(tiny, tiny_folder, levers):
+def test_features_are_what_transformers_computes(cpu, tiny, tiny_folder, levers):
     expected = library(tiny_folder, tiny, some_crops(3))
     names = ["class_token", "mean_patch_token", "patch_tokens", "pooler_output", "class_token_layer_1", "patch_tokens_layer_2"]
-    found = Encoder(with_levers(tiny, levers), names, 2).submit(some_crops(3))()
+    found = Encoder(with_levers(load_model(cpu, str(tiny_folder)), levers), names, 2).submit(some_crops(3))()
     hidden, states = expected.last_hidden_state.numpy(), [state.numpy() for state in expected.hidden_states]
     reference = [hidden[:, 0], hidden[:, 1:].mean(1), hidden[:, 1:], expected.pooler_output.numpy()]
     reference += [states[1][:, 0], states[2][:, 1:]]
@@ -102,7 +102,7 @@ def test_an_image_is_finite_only_if_all_of_its_tokens_are(tiny, monkeypatch):
     assert inference.finite_rows(found).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("levers", [(), DEFAULT_LEVERS], ids=["plain", "levers"])
+@pytest.mark.parametrize("levers", [(), ("folded_patches", "stacked_qkv")], ids=["plain", "levers"])
 def test_layers_take_no_second_forward_pass_and_leave_no_hooks(cpu, tiny_folder, levers):
     model = with_levers(load_model(cpu, str(tiny_folder)), levers)
     calls, wide = [], TINY["intermediate_size"]
