@@ -244,7 +244,7 @@ def can_pack() -> bool:
         tokens, weight = tokens.view(2, 5, 64), weight.view(48, 64)
         expected = torch.nn.functional.gelu(torch.nn.functional.linear(tokens, weight, bias))
         return torch.allclose(packed(weight, bias, "gelu")(tokens), expected, rtol=1e-5, atol=1e-5)
-    except (AttributeError, RuntimeError):
+    except (AttributeError, RuntimeError, TypeError):
         return False
 
 

@@ -244,7 +244,8 @@ def check(tmp_path, capsys) -> Callable[..., SimpleNamespace]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "npu: needs an NPU in this process; tests/cann runs these over its stand-in")
-    config.addinivalue_line("filterwarnings", "ignore:The given buffer is not writable")  # as inference.py sets, and pytest resets
+    # As inference.py sets it; pytest begins each test with filters of its own.
+    config.addinivalue_line("filterwarnings", "ignore:The given buffer is not writable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,6 +40,22 @@ def test_the_limit_is_measured_on_the_models_own_products(tiny):
     assert total == 3 * (flop_per_image(tiny) - 2 * TINY["hidden_size"] ** 2)  # the pooler
 
 
+def test_the_limit_of_packed_weights_is_that_of_packed_products(cpu, tiny_folder):
+    """Else a forward pass could be faster than its limit."""
+    found = {}
+    for used in ((), ("packed_weights",)):
+        model = levers.with_levers(inference.load_model(cpu, str(tiny_folder)), used)
+        torch.manual_seed(0)
+        products = list(matrix_products(model, 3))
+        with FlopCounterMode(display=False) as counter:
+            found[used] = [(count, product()) for count, product in products]
+        attention = 3 * 2 * 2 * 2 * 17 * 17 * 64  # images, heads, two products, a multiply-add, tokens, tokens, width
+        assert (counter.get_total_flops() == attention) == (used != ())
+    for (count, own), (packed_count, packed) in zip(*found.values(), strict=True):
+        assert count == packed_count
+        torch.testing.assert_close(packed, own)
+
+
 def test_the_limit_is_that_of_the_largest_batch_and_shares_come_from_turns(monkeypatch, tiny):
     seconds = {"bundle 1": 1.0, "bundle 4": 2.0, "products": 1.5}
     counted = []
