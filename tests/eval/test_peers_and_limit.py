@@ -53,7 +53,7 @@ def test_the_limit_of_packed_weights_is_that_of_packed_products(cpu, tiny_folder
         assert (counter.get_total_flops() == attention) == (used != ())
     for (count, own), (packed_count, packed) in zip(*found.values(), strict=True):
         assert count == packed_count
-        torch.testing.assert_close(packed, own)
+        assert (packed - own).norm() < 1e-6 * own.norm()
 
 
 def test_the_limit_is_that_of_the_largest_batch_and_shares_come_from_turns(monkeypatch, tiny):
