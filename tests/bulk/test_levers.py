@@ -229,8 +229,15 @@ def test_compiled_norms_stay_off_where_nothing_can_be_compiled(plain, monkeypatc
     monkeypatch.setattr(levers, "_add_norm", lambda: lambda more, tokens, *_norm: (more + tokens, more + tokens))
     assert levers.fitting(plain, levers.LEVERS) == SHARING
     assert "its numbers are wrong" in logged[-1]
+    norm = torch.nn.functional.layer_norm
+
+    def half(more, tokens, *of):
+        return more, norm(more + tokens, more.shape[-1:], *of)
+
+    monkeypatch.setattr(levers, "_add_norm", lambda: half)
+    assert levers.fitting(plain, levers.LEVERS) == SHARING
     assert levers.fitting(plain, levers.DEFAULT_LEVERS) == SHARING
-    assert len(logged) == 2  # what is not asked for is not tried
+    assert len(logged) == 3  # what is not asked for is not tried
 
 
 @pytest.mark.filterwarnings("ignore")
