@@ -6,11 +6,10 @@ In: a model as inference.load_model gives it. Out: the same with `lean`, which c
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import inference
@@ -21,7 +20,7 @@ from inference import Device, LoadedModel, Outputs, Preprocess
 # no NPU has confirmed their kernels for this model yet, and on a GPU torch.compile makes them at each start.
 LEVERS = ("folded_patches", "fused_attention", "stacked_qkv", "packed_weights", "fused_norms", "fused_mlp")
 DEFAULT_LEVERS = LEVERS[:4]
-Product = Callable[[torch.Tensor], torch.Tensor]  # a linear layer
+Step = Callable[[torch.Tensor], torch.Tensor]  # of a layer: tokens to tokens
 Watch = Callable[[str, torch.Tensor], torch.Tensor]  # is told of each stage and what it leaves; gives what goes on
 
 
@@ -163,24 +162,22 @@ class Block:
 
     def __init__(self, layer: torch.nn.Module, heads: int, levers: Sequence[str]) -> None:
         linears = [part for part in layer.modules() if isinstance(part, torch.nn.Linear)]
-        out, self.up, self.down = linears[3:]  # query, key and value come first, in transformers 4 and 5
+        out, up, down = linears[3:]  # query, key and value come first, in transformers 4 and 5
         self.norm_before, self.norm_after = layer.layernorm_before, layer.layernorm_after
         self.heads, self.levers = heads, levers
         activation = layer.mlp.activation_fn if hasattr(layer, "mlp") else layer.intermediate.intermediate_act_fn
         projections = [(part.weight, part.bias) for part in linears[:3]]
         if "stacked_qkv" in levers:
             projections = [stacked(linears[:3])]
-        if "fused_mlp" in levers:
-            self.columns = [part.weight.t().contiguous() for part in (self.up, self.down)]
         if "packed_weights" in levers:
             self.projections, self.out = [packed(*pair) for pair in projections], packed(out.weight, out.bias)
-            self.steps = packed(self.up.weight, self.up.bias, "gelu"), packed(self.down.weight, self.down.bias)
+            self.steps = packed(up.weight, up.bias, "gelu"), packed(down.weight, down.bias)
             for part in linears:
                 part.weight = None  # it would stand in memory twice
         else:
             linear = torch.nn.functional.linear
             self.projections = [partial(linear, weight=weight, bias=bias) for weight, bias in projections]
-            self.out, self.steps = out, (self.up, activation, self.down)
+            self.out, self.steps = out, (fused_mlp(up, down),) if "fused_mlp" in levers else (up, activation, down)
 
     def attend(self, normed: torch.Tensor) -> torch.Tensor:
         """What the attention adds to the tokens whose norm it is given."""
@@ -191,23 +188,20 @@ class Block:
 
     def mlp(self, normed: torch.Tensor) -> torch.Tensor:
         """What the MLP adds to the tokens whose norm it is given."""
-        if "fused_mlp" in self.levers:
-            biases = {"bias1": self.up.bias, "bias2": self.down.bias}
-            return sys.modules["torch_npu"].npu_ffn(normed, *self.columns, "gelu", **biases, inner_precise=0)
         for step in self.steps:
             normed = step(normed)
         return normed
 
     def add(self, more: torch.Tensor, tokens: torch.Tensor, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
         """more + tokens, and the norm of it."""
-        if "fused_norms" in self.levers and tokens.device.type == "npu":
-            kernel = sys.modules["torch_npu"].npu_add_layer_norm
-            normed, _mean, _spread, added = kernel(more, tokens, norm.weight, norm.bias, norm.eps, True)
-            return added, normed
-        if "fused_norms" in self.levers:
+        if "fused_norms" not in self.levers:
+            added = more + tokens
+            return added, norm(added)
+        if tokens.device.type != "npu":
             return compiled_norms(more, tokens, norm)
-        added = more + tokens
-        return added, norm(added)
+        kernel = sys.modules["torch_npu"].npu_add_layer_norm
+        normed, _mean, _spread, added = kernel(more, tokens, norm.weight, norm.bias, norm.eps, True)
+        return added, normed
 
 
 def stacked(linears: Sequence[torch.nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -225,7 +219,14 @@ def joined(parts: Sequence[torch.nn.Parameter | None]) -> torch.Tensor | None:
     return whole
 
 
-def packed(weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> Product:
+def fused_mlp(up: torch.nn.Linear, down: torch.nn.Linear) -> Step:
+    """The MLP in one kernel of an NPU, which wants weights as columns."""
+    columns = [part.weight.t().contiguous() for part in (up, down)]
+    options = {"bias1": up.bias, "bias2": down.bias, "inner_precise": 0}
+    return lambda tokens: sys.modules["torch_npu"].npu_ffn(tokens, *columns, "gelu", **options)
+
+
+def packed(weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> Step:
     """A linear layer in float32 on the CPU, with what follows it: "none" or "gelu".
 
     The weight is laid out once as oneDNN multiplies it; torch.nn.functional.linear does that anew at each call. The operators
@@ -236,7 +237,7 @@ def packed(weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "n
     return lambda tokens: kernels._linear_pointwise(tokens, weight, bias, activation, [], "none")
 
 
-@functools.cache
+@cache
 def can_pack() -> bool:
     """Whether this torch has those operators and they compute what they should: they are no public interface."""
     try:
@@ -257,7 +258,7 @@ def compiled_norms(more: torch.Tensor, tokens: torch.Tensor, norm: torch.nn.Laye
     return added.view(tokens.shape), normed.view(tokens.shape)
 
 
-@functools.cache
+@cache
 def _add_norm() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     def add_norm(more: torch.Tensor, tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> tuple:
         added = more + tokens

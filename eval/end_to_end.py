@@ -126,9 +126,9 @@ def measure_cold_start(model: LoadedModel, checkpoint: Path, rounds: int) -> dic
 def measure_decoding(preprocess: inference.Preprocess, turn_s: float, rounds: int) -> list[dict[str, Any]]:
     """Rows for DECODING_COLUMNS: a JPEG's bytes to a crop, by --decode exact and fast in turns, in one thread of a process
     that keeps memory as decoding workers do."""
-    keep_freed_memory()
     if preprocess.resample not in inference.FAST_FILTERS:
         return []
+    keep_freed_memory()
     threads, rows = torch.get_num_threads(), []
     torch.set_num_threads(1)
     try:

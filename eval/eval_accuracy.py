@@ -265,7 +265,7 @@ def casting(norm: torch.nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:
 def mixed_model(args: argparse.Namespace, device: Device, first: int, last: int) -> LoadedModel:
     """bfloat16 with the `first` and the `last` layers, the embeddings and the final norm in float32."""
     model = inference.load_as_asked(args, device, dtype="float32")
-    used = [lever for lever in levers.fitting(model, levers.asked_levers(args)) if lever == "fused_attention"]
+    used = levers.fitting(model, [lever for lever in levers.asked_levers(args) if lever == "fused_attention"])
     layers, heads = inference.layers_of(model.module), model.module.config.num_attention_heads
     for layer in layers[first : len(layers) - last]:
         layer.to(torch.bfloat16)
