@@ -25,7 +25,7 @@ import eval_accuracy
 import eval_performance
 import tune
 from bulk import levers
-from conftest import SAMPLES, TINY
+from conftest import ROOT, SAMPLES, TINY
 from test_forward import LAYERS, assert_equal_to_the_library, golden, hidden_of, of_the_library, relative_l2, some_crops
 
 ROUNDING = 1e-6  # other products add up in another order, and no error in method is as small
@@ -167,16 +167,35 @@ def test_packed_weights_stand_in_memory_once(plain, calls, stacked):
     assert calls == [(TINY["hidden_size"],) * 2]  # the pooler; the patches' is a convolution
 
 
+LARGE_PAGES = """
+import inference, mmap, torch, eval_performance
+from bulk import levers
+args = eval_performance.make_parser().parse_args()
+levers.load_as_asked(args, inference.open_device("cpu"))
+print(max(torch.empty(3 << 20, dtype=torch.uint8).data_ptr() % mmap.PAGESIZE for _ in range(3)))
+"""
+
+
+@pytest.mark.parametrize(("asked", "is_aligned"), [(None, True), ("0", False)])
+def test_the_cpu_has_large_pages_unless_they_are_switched_off(tiny_folder, asked, is_aligned):
+    """torch aligns what is to be in them with pages, and decides on it at the first tensor of a process."""
+    variables = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    variables |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}"} | ({} if asked is None else {"THP_MEM_ALLOC_ENABLE": asked})
+    command = [sys.executable, "-c", LARGE_PAGES, "--model_path", str(tiny_folder), "--allow_unlocked"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) == 0) == is_aligned
+
+
 @pytest.mark.parametrize("wrong", ["missing", "raises", "other numbers"])
 def test_packed_weights_stay_off_where_torch_has_no_right_kernels_for_them(plain, monkeypatch, wrong):
     kernels, linear = SimpleNamespace(), torch.nn.functional.linear
     if wrong != "missing":
         kernels._reorder_linear_weight = lambda weight: weight
 
-        def product(values, weight, bias, _activation, _scalars, _algorithm):
+        def product(values, weight, _bias, _activation, _scalars, _algorithm):
             if wrong == "raises":
                 raise RuntimeError("no kernel for this processor")
-            return linear(values, weight, bias)  # and no GELU
+            return linear(values, weight)  # and no bias
 
         kernels._linear_pointwise = product
     levers.can_pack.cache_clear()
@@ -210,12 +229,18 @@ def described(kind: str, dtype: torch.dtype, hidden_act: str = "gelu") -> Simple
     return SimpleNamespace(module=module, device=SimpleNamespace(kind=kind), dtype=dtype)
 
 
-@pytest.mark.parametrize("kind", ["cpu", "npu"])
-def test_an_mlp_of_another_activation_is_not_fused(kind):
-    dtype = torch.float32 if kind == "cpu" else torch.float16
-    lost = set(levers.fitting(described(kind, dtype), levers.LEVERS))
-    lost -= set(levers.fitting(described(kind, dtype, "gelu_pytorch_tanh"), levers.LEVERS))
-    assert lost == {"packed_weights" if kind == "cpu" else "fused_mlp"}
+def test_an_mlp_of_another_activation_is_not_fused():
+    asked = levers.fitting(described("npu", torch.float16), levers.LEVERS)
+    fitting = levers.fitting(described("npu", torch.float16, "gelu_pytorch_tanh"), levers.LEVERS)
+    assert set(asked) - set(fitting) == {"fused_mlp"}
+
+
+def test_another_activation_has_its_own_values_with_packed_weights(cpu, tmp_path):
+    transformers.ViTModel(transformers.ViTConfig(**TINY, hidden_act="relu")).save_pretrained(tmp_path)
+    plain = load_model(cpu, str(tmp_path), allow_unlocked=True)
+    expected = hidden_of(plain, some_crops(2))
+    model = levers.with_levers(plain, ON_THE_CPU)
+    assert model.levers == ON_THE_CPU and relative_l2(hidden_of(model, some_crops(2)), expected) <= ROUNDING
 
 
 def test_compiled_norms_stay_off_where_nothing_can_be_compiled(plain, monkeypatch, logged):
