@@ -185,14 +185,13 @@ class Block:
             projections = [stacked(linears[:3])]
         if "packed_weights" in levers:
             self.projections = [packed(*pair) for pair in projections]
-            self.out, up, down = (packed(part.weight, part.bias) for part in (out, up, down))
-            self.steps = up, activation, down
+            out, up, down = (packed(part.weight, part.bias) for part in (out, up, down))
             for part in linears:
                 part.weight = None  # it would stand in memory twice
         else:
             linear = torch.nn.functional.linear
             self.projections = [partial(linear, weight=weight, bias=bias) for weight, bias in projections]
-            self.out, self.steps = out, (fused_mlp(up, down),) if "fused_mlp" in levers else (up, activation, down)
+        self.out, self.steps = out, (fused_mlp(up, down),) if "fused_mlp" in levers else (up, activation, down)
 
     def attend(self, normed: torch.Tensor) -> torch.Tensor:
         """What the attention adds to the tokens whose norm it is given."""
